@@ -1,0 +1,52 @@
+# Short names for single commands. `make` alone lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Installed once with everything that development needs; repeated when the project file changes.
+
+.PHONY: help setup run test test-slow check lint types imports format bench demo-model clean
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+setup: $(INSTALLED) ## make .venv and install the project into it
+
+run: $(INSTALLED) ## start the router with the bundled demo model
+	$(BIN)/mlx-router start
+
+test: $(INSTALLED) ## all tests that a change has to pass
+	$(BIN)/python -m pytest --numprocesses 2 -m "not slow"
+
+test-slow: $(INSTALLED) ## the long ones: many swaps of large models
+	$(BIN)/python -m pytest -m slow
+
+check: lint types imports test ## what the continuous integration runs
+
+lint: $(INSTALLED) ## style and likely mistakes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED) ## strict type checks
+	$(BIN)/mypy
+
+imports: $(INSTALLED) ## who may import whom
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## measure; writes docs/benchmarks.md
+	$(BIN)/python -m tests.bench
+
+demo-model: $(INSTALLED) ## train the bundled demo model anew (minutes)
+	$(BIN)/python -m tests.tiny_models.train_demo
+
+clean: ## remove what the other commands made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,140 @@
+"""The outermost layer: who may talk to us from a browser, and the id of each request.
+
+Pure ASGI, because it must not touch a stream. A page in a browser is kept out by its Origin, a rebinding DNS name by
+the Host header; other programs send neither a foreign Origin nor a foreign Host.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import ipaddress
+import secrets
+import socket
+from typing import Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+__all__ = ["Edge"]
+
+_LOCAL_ORIGINS: Final = (
+    *(
+        f"{scheme}://{host}{port}"
+        for scheme in ("http", "https")
+        for host in ("localhost", "127.0.0.1", "0.0.0.0")  # noqa: S104  # compared, not bound
+        for port in ("", ":*")
+    ),
+    *("app://*", "file://*", "tauri://*", "vscode-webview://*", "vscode-file://*"),
+)
+_LOCAL_SUFFIXES: Final = (".localhost", ".local", ".internal")
+_STAINLESS: Final = [
+    "arch",
+    "async",
+    "custom-poll-interval",
+    "helper-method",
+    "lang",
+    "os",
+    "package-version",
+    "poll-helper",
+    "retry-count",
+    "runtime",
+    "runtime-version",
+    "timeout",
+]
+_ALLOW_HEADERS: Final = ",".join(
+    ["Authorization", "Content-Type", "User-Agent", "Accept", "X-Requested-With", "OpenAI-Beta"]
+    + ["x-api-key", "anthropic-version", "anthropic-beta"]
+    + [f"x-stainless-{name}" for name in _STAINLESS]
+)
+_ALLOW_METHODS: Final = "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"
+
+
+class Edge:
+    """Wraps the application. ``bound_host`` is the address that is listened on."""
+
+    def __init__(self, app: ASGIApp, *, bound_host: str, allowed_origins: tuple[str, ...]) -> None:
+        self._app = app
+        self._loopback = _is_loopback(bound_host)
+        self._origins = allowed_origins + _LOCAL_ORIGINS
+        self._any_origin = "*" in allowed_origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        host = headers.get("host", "")
+        request_id = "req_" + secrets.token_hex(12)
+        if self._loopback and not _is_local_host(host):
+            await _respond(send, 403, request_id)
+            return
+        extra = {"x-request-id": request_id}
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
+            if not self._allows(origin):
+                await _respond(send, 403, request_id)
+                return
+            extra["access-control-allow-origin"] = "*" if self._any_origin else origin
+            extra["vary"] = "Origin"
+        if scope["method"] == "OPTIONS" and origin is not None:
+            extra |= {
+                "access-control-allow-methods": _ALLOW_METHODS,
+                "access-control-allow-headers": _ALLOW_HEADERS,
+                "access-control-max-age": "43200",
+            }
+            await _respond(send, 204, request_id, extra)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                fields = MutableHeaders(scope=message)
+                for name, value in extra.items():
+                    fields.setdefault(name, value)
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+    def _allows(self, origin: str) -> bool:
+        return self._any_origin or any(_matches(origin, pattern) for pattern in self._origins)
+
+
+def _matches(origin: str, pattern: str) -> bool:
+    """One ``*`` per pattern; in place of a port it stands for digits only."""
+    if pattern.endswith(":*"):
+        head, _, port = origin.rpartition(":")
+        return head == pattern[:-2] and port.isdigit()
+    return fnmatch.fnmatchcase(origin, pattern.replace("[", "[[]"))
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_local_host(host: str) -> bool:
+    name = host
+    if host.startswith("["):
+        name = host[1:].partition("]")[0]
+    elif host.count(":") == 1:
+        name = host.partition(":")[0]
+    name = name.lower().rstrip(".")
+    if name in ("", "localhost", socket.gethostname().lower()) or name.endswith(_LOCAL_SUFFIXES):
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_private or address.is_unspecified
+
+
+async def _respond(send: Send, status: int, request_id: str, headers: dict[str, str] | None = None) -> None:
+    fields = {"x-request-id": request_id, **(headers or {})}
+    if status != 204:
+        fields["content-length"] = "0"
+    raw = [(name.encode(), value.encode()) for name, value in fields.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": b""})

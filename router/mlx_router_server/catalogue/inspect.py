@@ -1,0 +1,228 @@
+"""Read what a model folder holds. The name of a folder is never evidence: only its content counts.
+
+Everything here may come from a stranger's repository: files are capped in size, and whatever does not fit is a reason
+in words, never an exception of another kind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from mlx_router_server.catalogue.architectures import servable_architectures
+from mlx_router_server.catalogue.entry import Capability, ModelFiles
+from mlx_router_server.catalogue.safetensors import WeightFacts, read_weights
+
+__all__ = ["NotServable", "inspect_folder"]
+
+_LARGEST_JSON: Final = 32 * 2**20
+_LARGEST_TEXT: Final = 2 * 2**20
+_UNPACKED_BITS: Final = {"BF16": "BF16", "F16": "F16", "F32": "F32"}
+# Templates by which mlx-lm recognises a tool-call format (mlx_lm.tokenizer_utils._infer_tool_parser).
+_TOOL_MARKS: Final = (
+    "<minimax:tool_call>",
+    "<|tool_call>",
+    "<start_function_call>",
+    "<longcat_tool_call>",
+    "<arg_key>",
+    "<|tool_list_start|>",
+    "<|tool_call_start|>",
+    "<tool_call>",
+    "<|tool_calls_section_begin|>",
+    '<function name="',
+    "[TOOL_CALLS]",
+    "<atem:function_calls>",
+)
+_THINK_MARKS: Final = ("enable_thinking", "<think>", "</think>", "<|channel>thought", "<|think:start|>")
+
+
+class NotServable(Exception):
+    """Why the content of a folder is no model for us, in one sentence."""
+
+
+def inspect_folder(folder: Path) -> ModelFiles:
+    """The facts of a model folder; raises ``NotServable``."""
+    if (folder / "fake.json").is_file():
+        return _fake_files(folder)
+    config = _read_json(folder / "config.json")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise NotServable("config.json names no model_type")
+    if model_type not in servable_architectures():
+        raise NotServable(f"mlx-lm has no architecture {model_type!r}")
+    if "model_file" in config:
+        raise NotServable("it wants to run code of its own")
+    quantization = config.get("quantization") or config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes":
+        raise NotServable("bitsandbytes weights cannot be read")
+    weight_files = _weight_files(folder)
+    bits = quantization.get("bits") if isinstance(quantization, dict) else None
+    bits = bits if isinstance(bits, int) and 1 <= bits <= 8 else None
+    try:
+        weights = read_weights(weight_files, bits)
+    except ValueError as error:
+        raise NotServable(str(error)) from None
+    template = _chat_template(folder)
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    return ModelFiles(
+        engine="mlx",
+        size_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        weights_bytes=weights.bytes,
+        digest=_digest(folder, weight_files),
+        modified_at=max(path.stat().st_mtime for path in [folder / "config.json", *weight_files]),
+        family=model_type,
+        parameters=weights.parameters,
+        quantization=f"{bits}bit" if bits else _UNPACKED_BITS.get(weights.dtype, weights.dtype or "unknown"),
+        context_tokens=_number(text, "max_position_embeddings") or 4096,
+        kv_bytes_per_token=_kv_bytes(text),
+        capabilities=_capabilities(folder, template),
+        info=_info(model_type, text, weights),
+        template=template,
+        license=_license(folder),
+    )
+
+
+def _fake_files(folder: Path) -> ModelFiles:
+    """A script of the fake engine; it is served only where the configuration names it."""
+    script = _read_json(folder / "fake.json")
+    digest = hashlib.sha256(str(folder).encode() + (folder / "fake.json").read_bytes()).hexdigest()
+    memory = _number(script, "memory_bytes") or 0
+    return ModelFiles(
+        engine="fake",
+        size_bytes=max((folder / "fake.json").stat().st_size, memory),
+        weights_bytes=memory,
+        digest=digest,
+        modified_at=(folder / "fake.json").stat().st_mtime,
+        family="fake",
+        parameters=0,
+        quantization="none",
+        context_tokens=_number(script, "context_tokens") or 4096,
+        kv_bytes_per_token=0,
+        capabilities=frozenset({Capability.COMPLETION, Capability.TOOLS}),
+        info={"general.architecture": "fake", "fake.context_length": _number(script, "context_tokens") or 4096},
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise NotServable(f"{path.name} is too large")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotServable(f"there is no {path.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise NotServable(f"{path.name} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise NotServable(f"{path.name} is not a JSON object")
+    return data
+
+
+def _number(data: dict[str, Any], name: str) -> int | None:
+    value = data.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that mlx-lm will read; an index that names a missing shard means an unfinished download."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = _read_json(index).get("weight_map")
+        named = set(shards.values()) if isinstance(shards, dict) else set()
+        missing = sorted(str(name) for name in named if not (folder / str(name)).exists())
+        if missing:
+            raise NotServable(f"the weights are incomplete: {missing[0]} is missing")
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise NotServable("there are no safetensors weights")
+    return files
+
+
+def _chat_template(folder: Path) -> str:
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file() and jinja.stat().st_size <= _LARGEST_TEXT:
+        return jinja.read_text(encoding="utf-8", errors="replace")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        try:
+            template = _read_json(folder / name).get("chat_template")
+        except NotServable:
+            continue
+        if isinstance(template, list):  # several named templates; "default" is the one that is used
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+        if isinstance(template, str):
+            return template
+    return ""
+
+
+def _capabilities(folder: Path, template: str) -> frozenset[Capability]:
+    if (folder / "1_Pooling" / "config.json").is_file() or (folder / "modules.json").is_file():
+        return frozenset({Capability.EMBEDDING})
+    found = {Capability.COMPLETION}
+    if "tools" in template and any(mark in template for mark in _TOOL_MARKS):
+        found.add(Capability.TOOLS)
+    if any(mark in template for mark in _THINK_MARKS):
+        found.add(Capability.THINKING)
+    return frozenset(found)
+
+
+def _kv_bytes(config: dict[str, Any]) -> int:
+    """Bytes of cache per token in half precision, for full attention in every layer: an upper bound."""
+    layers = _number(config, "num_hidden_layers") or 0
+    if (latent := _number(config, "kv_lora_rank")) is not None:
+        return layers * (latent + (_number(config, "qk_rope_head_dim") or 0)) * 2
+    heads = _number(config, "num_attention_heads") or 1
+    kv_heads = _number(config, "num_key_value_heads") or heads
+    head_dim = _number(config, "head_dim") or (_number(config, "hidden_size") or 0) // heads
+    return layers * 2 * kv_heads * head_dim * 2
+
+
+def _info(model_type: str, config: dict[str, Any], weights: WeightFacts) -> dict[str, str | int | float]:
+    info: dict[str, str | int | float] = {
+        "general.architecture": model_type,
+        "general.parameter_count": weights.parameters,
+        "general.file_type": weights.dtype,
+    }
+    for key, name in (
+        ("context_length", "max_position_embeddings"),
+        ("embedding_length", "hidden_size"),
+        ("block_count", "num_hidden_layers"),
+        ("feed_forward_length", "intermediate_size"),
+        ("attention.head_count", "num_attention_heads"),
+        ("attention.head_count_kv", "num_key_value_heads"),
+        ("vocab_size", "vocab_size"),
+    ):
+        if (value := _number(config, name)) is not None:
+            info[f"{model_type}.{key}"] = value
+    info.setdefault(f"{model_type}.context_length", 4096)
+    return info
+
+
+def _license(folder: Path) -> str:
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
+        path = folder / name
+        if path.is_file() and path.stat().st_size <= _LARGEST_TEXT:
+            return path.read_text(encoding="utf-8", errors="replace")
+    return ""
+
+
+def _digest(folder: Path, weight_files: list[Path]) -> str:
+    """Identifies the content without reading gigabytes: small files in full, weights by header, size and ends.
+
+    In a hub cache the weights are links to blobs that are named by their hash, which settles it.
+    """
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        path = folder / name
+        if path.is_file():
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    for path in weight_files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} {path.resolve().name}\n".encode())
+        with path.open("rb") as stream:
+            digest.update(stream.read(65536))
+            stream.seek(max(size - 65536, 0))
+            digest.update(stream.read(65536))
+    return digest.hexdigest()

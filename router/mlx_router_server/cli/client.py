@@ -1,0 +1,105 @@
+"""How the commands talk to the router: plain HTTP from the standard library, so that a command starts quickly."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Generator
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+__all__ = ["ApiError", "Client", "NoRouter"]
+
+_CONNECT_SECONDS = 5.0
+
+
+class NoRouter(Exception):
+    """Nobody answers at the address."""
+
+
+class ApiError(Exception):
+    """The router refused; ``message`` is its sentence."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+class Client:
+    """Talks to one router; each call is one connection."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        parts = urlsplit(url)
+        self._host = parts.hostname or "127.0.0.1"
+        self._port = parts.port or 80
+
+    def get(self, path: str) -> Any:
+        return self._whole("GET", path, None)
+
+    def post(self, path: str, body: Any = None) -> Any:
+        return self._whole("POST", path, body)
+
+    def stream(self, path: str, body: Any) -> Generator[dict[str, Any], None, None]:
+        """The objects of an NDJSON answer, as they come; an error object raises ``ApiError``.
+
+        Closing the iterator closes the connection, which stops the generation.
+        """
+        connection, response = self._send("POST", path, body)
+        try:
+            if response.status != 200:
+                raise _api_error(response.status, response.read())
+            while line := response.readline():
+                data = json.loads(line)
+                if "error" in data:
+                    raise ApiError(500, data["error"])
+                yield data
+        except (OSError, http.client.HTTPException) as error:
+            raise NoRouter(f"the connection to {self.url} broke off: {error}") from None
+        finally:
+            response.close()
+            connection.close()
+
+    def text(self, path: str) -> tuple[str, str]:
+        """The body of whoever answers there, and its Server header."""
+        connection, response = self._send("GET", path, None)
+        try:
+            return response.read(1000).decode("utf-8", "replace"), response.headers.get("server", "")
+        except (OSError, http.client.HTTPException):
+            return "", ""
+        finally:
+            connection.close()
+
+    def _whole(self, method: str, path: str, body: Any) -> Any:
+        connection, response = self._send(method, path, body)
+        try:
+            data = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise NoRouter(f"the connection to {self.url} broke off: {error}") from None
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise _api_error(response.status, data)
+        return json.loads(data)
+
+    def _send(self, method: str, path: str, body: Any) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=_CONNECT_SECONDS)
+        data = json.dumps(body).encode() if body is not None else None
+        headers = {"content-type": "application/json"} if data else {}
+        try:
+            connection.connect()
+            connection.sock.settimeout(None)  # an answer may take as long as a load does
+            connection.request(method, quote(path, safe="/:?=&"), data, headers)
+            return connection, connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise NoRouter(f"no router answers at {self.url} ({error}); start one with: mlx-router start") from None
+
+
+def _api_error(status: int, data: bytes) -> ApiError:
+    try:
+        message = json.loads(data)["error"]
+    except (ValueError, KeyError, TypeError):
+        message = data[:200].decode("utf-8", "replace") or f"status {status}"
+    return ApiError(status, message if isinstance(message, str) else str(message.get("message", message)))

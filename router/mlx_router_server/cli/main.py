@@ -1,0 +1,127 @@
+"""Arguments to commands. Errors are one line on standard error; exit codes: 0 done, 1 failed, 2 wrong usage,
+3 no router answers, 4 no such model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from mlx_router_server.cli import models, run, start
+from mlx_router_server.cli.client import ApiError, NoRouter
+from mlx_router_server.settings import Settings, SettingsError, describe_settings, load_settings
+from mlx_router_server.version import __version__
+
+__all__ = ["EXIT_FAILED", "EXIT_NO_MODEL", "EXIT_NO_ROUTER", "EXIT_USAGE", "build_parser", "main"]
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_NO_ROUTER: Final = 3
+EXIT_NO_MODEL: Final = 4
+
+Command = Callable[[argparse.Namespace, Settings], int]
+
+
+def main() -> None:
+    """Run the command that ``sys.argv`` names and exit."""
+    options = build_parser().parse_args()
+    try:
+        flags = {field.name: getattr(options, field.name, None) for field in describe_settings()}
+        settings = load_settings(flags, dict(os.environ), options.config)
+        command: Command = options.command
+        status = command(options, settings)
+    except SettingsError as error:
+        status = _complain(str(error), EXIT_USAGE)
+    except NoRouter as error:
+        status = _complain(str(error), EXIT_NO_ROUTER)
+    except ApiError as error:
+        status = _complain(error.message, EXIT_NO_MODEL if error.status == 404 else EXIT_FAILED)
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # `mlx-router list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_FAILED
+    sys.exit(status)
+
+
+def _complain(text: str, status: int) -> int:
+    print(f"mlx-router: {text}", file=sys.stderr)
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx-router",
+        description="One address for every local MLX model: Ollama- and OpenAI-compatible, loaded on demand.",
+    )
+    parser.add_argument("--version", action="version", version=f"mlx-router {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    _add_start(commands.add_parser("start", aliases=["serve"], help="run the router in the foreground"))
+
+    stop = _client(commands.add_parser("stop", help="stop the router, or unload MODEL"), models.stop)
+    stop.add_argument("model", nargs="?", metavar="MODEL")
+    _table(_client(commands.add_parser("status", help="the router and every model"), models.status))
+    _table(_client(commands.add_parser("ps", help="models that are loaded"), models.ps))
+    listing = _table(_client(commands.add_parser("list", aliases=["ls"], help="models that can be asked for"), models.list_models))  # fmt: skip  # noqa: E501
+    listing.add_argument("prefix", nargs="?", default="", metavar="PREFIX")
+    show = _table(_client(commands.add_parser("show", help="what is known of a model"), models.show))
+    show.add_argument("model", metavar="MODEL")
+    load = _table(_client(commands.add_parser("load", help="load a model now"), models.load))
+    load.add_argument("model", metavar="MODEL")
+    unload = _table(_client(commands.add_parser("unload", help="unload a model once it is idle"), models.unload))
+    unload.add_argument("model", metavar="MODEL")
+
+    chat = _client(commands.add_parser("run", help="chat with a model, or answer one prompt"), run.run)
+    chat.add_argument("model", metavar="MODEL")
+    chat.add_argument("prompt", nargs="*", metavar="PROMPT")
+    chat.add_argument("--keepalive", metavar="DURATION", help="how long the model stays loaded afterwards")
+    chat.add_argument("--think", choices=("true", "false", "low", "medium", "high", "max"), help="think or do not")
+    chat.add_argument("--hidethinking", action="store_true", help="do not show the thinking")
+    chat.add_argument("--verbose", action="store_true", help="show timings after each answer")
+
+    version = _table(_common(commands.add_parser("version", help="versions of this program and of the router")))
+    version.set_defaults(command=models.version)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration file")
+    for name in ("host", "port"):
+        field = next(field for field in describe_settings() if field.name == name)
+        parser.add_argument(f"--{name}", metavar=name.upper(), help=field.metadata["help"])
+    return parser
+
+
+def _client(parser: argparse.ArgumentParser, command: Command) -> argparse.ArgumentParser:
+    _common(parser).set_defaults(command=command)
+    return parser
+
+
+def _table(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    """Every setting is a flag: a setting without one cannot exist."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration file")
+    parser.add_argument("--models-dir", dest="models_dirs", action="append", metavar="FOLDER",
+                        help="a folder with MLX models; may be given several times")  # fmt: skip
+    for field in describe_settings():
+        if field.name == "models_dirs":
+            continue
+        default = field.default
+        shown = (
+            ""
+            if default in ("", ())
+            else f" (default: {str(default).lower() if isinstance(default, bool) else default})"
+        )
+        unit = f" In {field.metadata['unit']}." if field.metadata["unit"] else ""
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"), metavar="VALUE", help=field.metadata["help"] + unit + shown
+        )
+    parser.set_defaults(command=start.start)

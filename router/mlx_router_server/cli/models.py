@@ -1,0 +1,178 @@
+"""Commands that ask the router something or tell it something."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import psutil
+
+from mlx_router_server.cli.client import ApiError, Client, NoRouter
+from mlx_router_server.cli.tables import ago, human_size, print_table, until
+from mlx_router_server.settings import Settings
+from mlx_router_server.version import __version__
+
+__all__ = ["list_models", "load", "ps", "show", "status", "stop", "unload", "version"]
+
+_NOT_RUNNING = ("unloaded", "backoff", "failed")
+
+
+def _print_json(data: Any) -> int:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+    return 0
+
+
+def list_models(options: argparse.Namespace, settings: Settings) -> int:
+    models = Client(settings.url).get("/api/tags")["models"]
+    models = [model for model in models if model["name"].lower().startswith(options.prefix.lower())]
+    if options.json:
+        return _print_json(models)
+    rows = [
+        [m["name"], m["digest"][:12], human_size(m["size"]), ago(m["modified_at"]), ", ".join(m["capabilities"])]
+        for m in models
+    ]
+    print_table(["NAME", "ID", "SIZE", "MODIFIED", "CAPABILITIES"], rows)
+    return 0
+
+
+def ps(options: argparse.Namespace, settings: Settings) -> int:
+    models = [m for m in Client(settings.url).get("/admin/status")["models"] if m["state"] not in _NOT_RUNNING]
+    if options.json:
+        return _print_json(models)
+    rows = [
+        [
+            m["name"],
+            m["state"] if not m["stage"] else f"{m['state']}: {m['stage']} {m['fraction']:.0%}",
+            str(m["pid"] or "-"),
+            human_size(m["memory_bytes"]),
+            f"{m['in_flight']} / {m['queued']}",
+            until(m["expires_in_seconds"]) if not m["in_flight"] else "in use",
+        ]
+        for m in models
+    ]
+    print_table(["NAME", "STATE", "PID", "MEMORY", "ACTIVE / WAITING", "UNTIL"], rows)
+    return 0
+
+
+def status(options: argparse.Namespace, settings: Settings) -> int:
+    client = Client(settings.url)
+    data = client.get("/admin/status")
+    if options.json:
+        return _print_json(data)
+    router = data["router"]
+    print(f"mlx-router {router['version']} at {client.url}, pid {router['pid']}, up {int(router['uptime_seconds'])} s")
+    print(f"memory: {human_size(router['reserved_bytes'])} of {human_size(router['budget_bytes'])} reserved")
+    print()
+    rows = [
+        [
+            m["name"],
+            m["state"],
+            human_size(m["memory_bytes"]) if m["memory_bytes"] else "-",
+            str(m["in_flight"]),
+            str(m["queued"]),
+            str(m["loads"]),
+            m["reason"][:60],
+        ]
+        for m in data["models"]
+    ]
+    print_table(["MODEL", "STATE", "MEMORY", "ACTIVE", "WAITING", "LOADS", "REASON"], rows)
+    return 0
+
+
+def show(options: argparse.Namespace, settings: Settings) -> int:
+    data = Client(settings.url).post("/api/show", {"model": options.model})
+    if options.json:
+        return _print_json(data)
+    info, details = data["model_info"], data["details"]
+    architecture = info.get("general.architecture", details["family"])
+    print("  Model")
+    for label, value in (
+        ("architecture", architecture),
+        ("parameters", details["parameter_size"]),
+        ("context length", info.get(f"{architecture}.context_length")),
+        ("embedding length", info.get(f"{architecture}.embedding_length")),
+        ("quantization", details["quantization_level"]),
+    ):
+        if value is not None:
+            print(f"    {label:<20}{value}")
+    print("\n  Capabilities")
+    for capability in data["capabilities"]:
+        print(f"    {capability}")
+    return 0
+
+
+def load(options: argparse.Namespace, settings: Settings) -> int:
+    data = Client(settings.url).post(f"/admin/models/{options.model}/load")
+    if options.json:
+        return _print_json(data)
+    print(f"{data['name']} is loaded ({data['waited_seconds']:.1f} s)")
+    return 0
+
+
+def unload(options: argparse.Namespace, settings: Settings) -> int:
+    data = Client(settings.url).post(f"/admin/models/{options.model}/unload")
+    if options.json:
+        return _print_json(data)
+    if data["state"] in _NOT_RUNNING:
+        print(f"{data['name']} is unloaded")
+    else:
+        print(f"{data['name']} is {data['state']}: it leaves once nobody uses it")
+    return 0
+
+
+def stop(options: argparse.Namespace, settings: Settings) -> int:
+    """Without a model: end the router, and say so only when it and its workers are gone."""
+    client = Client(settings.url)
+    if options.model is not None:
+        client.post("/api/generate", {"model": options.model, "keep_alive": 0})
+        return 0
+    try:
+        data = client.get("/admin/status")
+        pid = data["router"]["pid"]
+    except (ApiError, KeyError, TypeError):
+        print(f"mlx-router: {client.url} is not an mlx-router; it is left alone", file=sys.stderr)
+        return 1
+    processes = _processes([pid, *data["router"]["standby_pids"], *(m["pid"] for m in data["models"] if m["pid"])])
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except (ProcessLookupError, PermissionError) as error:
+        print(f"mlx-router: pid {pid} cannot be stopped: {error.strerror}", file=sys.stderr)
+        return 1
+    limit = settings.drain_timeout_seconds + settings.stop_timeout_seconds + 20
+    began = time.monotonic()
+    _, alive = psutil.wait_procs(processes, timeout=limit)
+    if alive:
+        left = ", ".join(str(process.pid) for process in alive)
+        print(f"mlx-router: still running after {limit:.0f} s: pid {left}", file=sys.stderr)
+        return 1
+    print(f"stopped (pid {pid}, {time.monotonic() - began:.1f} s)")
+    return 0
+
+
+def _processes(pids: list[int]) -> list[psutil.Process]:
+    found = []
+    for pid in pids:
+        try:
+            found.append(psutil.Process(pid))
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def version(options: argparse.Namespace, settings: Settings) -> int:
+    try:
+        router = Client(settings.url).get("/health").get("version")
+    except (NoRouter, ApiError, AttributeError):
+        router = None
+    if options.json:
+        return _print_json({"client": __version__, "router": router})
+    print(f"mlx-router {__version__}")
+    if router != __version__:
+        where = f"the router at {settings.url}"
+        print(f"{where} is version {router}" if router else f"{where} does not answer")
+    return 0

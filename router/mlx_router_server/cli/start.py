@@ -1,0 +1,112 @@
+"""``mlx-router start``: bind, tell where, serve, and end as the signal says."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import signal
+import socket
+import sys
+
+import uvicorn
+
+from mlx_router_server.app import create_app
+from mlx_router_server.cli.client import Client, NoRouter
+from mlx_router_server.settings import Settings, SettingsError
+from mlx_router_server.telemetry.logs import configure_logs
+from mlx_router_server.version import __version__
+
+__all__ = ["start"]
+
+_BACKLOG = 2048
+
+
+def start(options: argparse.Namespace, settings: Settings) -> int:
+    """Serve in the foreground until a signal comes; the second signal hastens."""
+    configure_logs(settings.log_level)
+    listener = _listen(settings)
+    if listener is None:
+        return 1
+    host, port = listener.getsockname()[:2]
+    config = uvicorn.Config(
+        create_app(settings),
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.drain_timeout_seconds) or None,
+    )
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    print(f"mlx-router {__version__} listens on http://{address}", file=sys.stderr, flush=True)
+    received: list[int] = []
+    server = _Server(config, received)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    listener.close()
+    if not server.started:
+        return 1
+    if received:
+        # The service manager sees the truth: ended by this signal, after an orderly shutdown.
+        signal.signal(received[0], signal.SIG_DFL)
+        os.kill(os.getpid(), received[0])
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """Remembers the first signal; uvicorn would raise it before the workers are seen gone."""
+
+    def __init__(self, config: uvicorn.Config, received: list[int]) -> None:
+        super().__init__(config)
+        self._received = received
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]  # uvicorn's own signature has no useful type
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._received.append(number)
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+
+def _listen(settings: Settings) -> socket.socket | None:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            print(f"mlx-router: {_who_is_there(settings)}", file=sys.stderr)
+            return None
+        raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
+    listener.listen(_BACKLOG)
+    listener.set_inheritable(False)
+    return listener
+
+
+def _who_is_there(settings: Settings) -> str:
+    client = Client(settings.url)
+    who = "another program"
+    try:
+        text, _ = client.text("/")
+        if text.strip() == "Ollama is running":
+            who = "Ollama"
+            health, _ = client.text("/health")
+            if '"version"' in health:
+                who = "another mlx-router"
+    except NoRouter:
+        pass
+    return (
+        f"port {settings.port} is taken: {who} answers at {settings.url}. "
+        f"Stop it, or choose another port: mlx-router start --port {settings.port + 1}"
+    )

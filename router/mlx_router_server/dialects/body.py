@@ -1,0 +1,55 @@
+"""From bytes to a typed body: what all dialects do in the same way.
+
+The Content-Type is not looked at (curl and litellm send none or a wrong one), explicit nulls equal absence, unknown
+fields are ignored, a wrong type is refused with the path of the field.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, TypeVar
+
+import msgspec
+from mlx_router_shared.errors import InvalidRequest
+
+__all__ = ["convert", "read_object", "without_nulls"]
+
+_PATH: Final = re.compile(r" - at `\$\.?(.*?)`$")
+_Body = TypeVar("_Body")
+
+
+def read_object(body: bytes, *, empty: str = "missing request body", fold_case: bool = False) -> dict[str, Any]:
+    """The JSON object of a request without its nulls. ``fold_case`` makes names lower case, as Go's decoder does."""
+    if not body.strip():
+        raise InvalidRequest(empty)
+    try:
+        data = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"the body has to be a JSON object, not {_json_type(data)}")
+    data = without_nulls(data)
+    return {name.lower(): value for name, value in data.items()} if fold_case else data
+
+
+def without_nulls(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if value is not None}
+
+
+def convert(data: Any, kind: type[_Body], prefix: str = "") -> _Body:
+    """Check types; raises ``InvalidRequest`` that names the field."""
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        match = _PATH.search(text)
+        path = prefix + (match[1] if match else "")
+        sentence = text[: match.start()] if match else text
+        raise InvalidRequest(
+            f"{sentence.replace('`', '')}{f' for {path}' if path else ''}", param=path or None
+        ) from None
+
+
+def _json_type(value: object) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null")

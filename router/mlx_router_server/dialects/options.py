@@ -1,0 +1,153 @@
+"""Ollama's ``options``: names, types, and what each becomes in the canonical request.
+
+Also taken by /v1 as the extra field ``options``. Names that mean nothing to MLX are listed one by one; a name that
+nobody knows is ignored too, as Ollama does, and both are told to the log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from mlx_router_shared.errors import InvalidRequest
+from mlx_router_shared.generation import Sampling
+
+__all__ = ["OLLAMA_DEFAULTS", "Options", "parse_options"]
+
+OLLAMA_DEFAULTS: Final = Sampling(
+    temperature=0.8, top_k=40, top_p=0.9, min_p=0.0, repeat_penalty=1.0, repeat_last_n=64,
+    presence_penalty=0.0, frequency_penalty=0.0,
+)  # fmt: skip
+
+_INTEGERS: Final = frozenset(
+    [
+        "num_ctx",
+        "num_batch",
+        "num_gpu",
+        "main_gpu",
+        "num_thread",
+        "draft_num_predict",
+        "num_keep",
+        "num_predict",
+        "seed",
+        "top_k",
+        "repeat_last_n",
+        "num_gqa",
+        "mirostat",
+    ]
+)
+_FLOATS: Final = frozenset(
+    [
+        "temperature",
+        "top_p",
+        "min_p",
+        "typical_p",
+        "repeat_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "mirostat_tau",
+        "mirostat_eta",
+        "tfs_z",
+        "rope_frequency_base",
+        "rope_frequency_scale",
+    ]
+)
+_BOOLEANS: Final = frozenset(
+    ["use_mmap", "numa", "low_vram", "f16_kv", "logits_all", "vocab_only", "use_mlock", "penalize_newline"]
+)
+_HONOURED: Final = frozenset(
+    [
+        "num_ctx",
+        "num_predict",
+        "seed",
+        "top_k",
+        "top_p",
+        "min_p",
+        "temperature",
+        "repeat_penalty",
+        "repeat_last_n",
+        "presence_penalty",
+        "frequency_penalty",
+        "stop",
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The options that were given."""
+
+    sampling: Sampling
+    max_tokens: int | None
+    context_tokens: int | None
+    stop: list[str]
+    ignored: tuple[str, ...] = field(default=())
+
+
+def parse_options(options: dict[str, Any]) -> Options:
+    """Raises ``InvalidRequest`` in Ollama's words for a wrong type."""
+    values: dict[str, Any] = {}
+    ignored = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        checked = _check(name, value)
+        if name in _HONOURED:
+            values[name] = checked
+        else:
+            ignored.append(name)
+    predict = values.get("num_predict")
+    context = values.get("num_ctx")
+    seed = values.get("seed")
+    return Options(
+        sampling=Sampling(
+            temperature=_not_negative(values, "temperature"),
+            top_p=_not_negative(values, "top_p"),
+            top_k=max(values["top_k"], 0) if "top_k" in values else None,
+            min_p=_share(values, "min_p"),
+            repeat_penalty=_not_negative(values, "repeat_penalty"),
+            repeat_last_n=values.get("repeat_last_n"),
+            presence_penalty=values.get("presence_penalty"),
+            frequency_penalty=values.get("frequency_penalty"),
+            seed=None if seed is None or seed < 0 else seed,
+        ),
+        # Negative: until the model stops. 0 has no meaning of its own in Ollama's MLX engine: no limit either.
+        max_tokens=predict if predict is not None and predict > 0 else None,
+        context_tokens=max(context, 4) if context is not None and context > 0 else None,
+        stop=values.get("stop", []),
+        ignored=tuple(ignored),
+    )
+
+
+def _check(name: str, value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name in _INTEGERS:
+        if not number:
+            raise InvalidRequest(f'option "{name}" must be of type integer', param=f"options.{name}")
+        return int(value)  # toward zero, as Ollama does
+    if name in _FLOATS:
+        if not number:
+            raise InvalidRequest(f'option "{name}" must be of type float32', param=f"options.{name}")
+        return float(value)
+    if name in _BOOLEANS and not isinstance(value, bool):
+        raise InvalidRequest(f'option "{name}" must be of type boolean', param=f"options.{name}")
+    if name == "stop":
+        if not isinstance(value, list):
+            raise InvalidRequest('option "stop" must be of type array', param="options.stop")
+        if not all(isinstance(part, str) for part in value):
+            raise InvalidRequest('option "stop" must be of an array of strings', param="options.stop")
+    return value
+
+
+def _not_negative(values: dict[str, Any], name: str) -> float | None:
+    value: float | None = values.get(name)
+    if value is not None and value < 0:
+        raise InvalidRequest(f'option "{name}" must not be negative', param=f"options.{name}")
+    return value
+
+
+def _share(values: dict[str, Any], name: str) -> float | None:
+    value: float | None = values.get(name)
+    if value is not None and not 0 <= value <= 1:
+        raise InvalidRequest(f'option "{name}" must be between 0 and 1', param=f"options.{name}")
+    return value

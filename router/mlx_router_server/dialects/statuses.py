@@ -1,0 +1,33 @@
+"""One table from error codes to HTTP statuses, for all dialects."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mlx_router_shared.errors import ErrorCode, MlxRouterError, Unavailable
+
+__all__ = ["retry_after", "status_of"]
+
+_STATUSES: Final[dict[ErrorCode, int]] = {
+    ErrorCode.INVALID_REQUEST: 400,
+    ErrorCode.UNSUPPORTED_CAPABILITY: 400,
+    ErrorCode.CONTEXT_LENGTH_EXCEEDED: 400,
+    ErrorCode.MODEL_NOT_FOUND: 404,
+    ErrorCode.MODEL_TOO_LARGE: 500,
+    ErrorCode.UNAVAILABLE: 503,
+    ErrorCode.OVERLOADED: 503,
+    ErrorCode.WAITED_TOO_LONG: 503,
+    ErrorCode.MEMORY_PINNED: 503,
+    ErrorCode.BACKING_OFF: 503,
+    ErrorCode.SHUTTING_DOWN: 503,
+}
+
+
+def status_of(error: MlxRouterError) -> int:
+    """The HTTP status of an error; everything that is not the client's doing is 500."""
+    return _STATUSES.get(error.code, 500)
+
+
+def retry_after(error: MlxRouterError) -> int | None:
+    """Whole seconds for the ``Retry-After`` header; SDKs obey up to 60."""
+    return max(1, min(error.retry_after_seconds, 60)) if isinstance(error, Unavailable) else None

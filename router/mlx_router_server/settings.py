@@ -1,0 +1,329 @@
+"""One table of settings behind the file, the environment, the flags, --help, the docs and /admin/config.
+
+Each field of ``Settings`` is one setting: its name is the key in the file, ``MLX_ROUTER_<NAME>`` in the environment
+and ``--<name>`` on the command line. Precedence: default < file < Ollama's variables < our variables < flags. Frozen
+after load; handlers get the object, never a copy of a value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from mlx_router_shared.errors import InvalidRequest
+
+from mlx_router_server.durations import parse_duration
+
+__all__ = [
+    "CONFIG_VERSION",
+    "ModelSettings",
+    "Settings",
+    "SettingsError",
+    "describe_settings",
+    "home_folder",
+    "load_settings",
+]
+
+CONFIG_VERSION: Final = 1
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used; one sentence that names it and where it came from."""
+
+
+# ------------------------------------------------------------------------------------------ kinds of values
+
+
+def _duration(value: object) -> float:
+    if isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value.strip()):
+        value = float(value)  # OLLAMA_KEEP_ALIVE=300 is fine, although keep_alive "300" in a request is not
+    return parse_duration(value)
+
+
+def _size(value: object) -> int:
+    """``"12GB"``, ``"12GiB"``, ``12000000000``."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(str(value).strip())
+    if match is None:
+        raise ValueError("not a size such as 12GB")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _boolean(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in ("1", "t", "true", "yes", "on"):
+        return True
+    if isinstance(value, str) and value.strip().lower() in ("0", "f", "false", "no", "off", ""):
+        return False
+    raise ValueError("not true or false")
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError("not a whole number")
+    number = int(value)
+    if number < 0:
+        raise ValueError("negative")
+    return number
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("not a number of seconds")
+    number = float(value)
+    if not number >= 0:
+        raise ValueError("negative")
+    return number
+
+
+def _port(value: object) -> int:
+    number = _integer(value)
+    if number > 65535:
+        raise ValueError("not a port")
+    return number
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("not text")
+    return value
+
+
+def _one_of(*choices: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if value not in choices:
+            raise ValueError(f"not one of {', '.join(choices)}")
+        return str(value)
+
+    return parse
+
+
+def _paths(value: object) -> tuple[Path, ...]:
+    """A list in the file; in the environment separated like PATH."""
+    if isinstance(value, str):
+        value = [part for part in value.split(os.pathsep) if part]
+    if not isinstance(value, list | tuple):
+        raise ValueError("not a list of folders")
+    return tuple(Path(str(part)).expanduser().absolute() for part in value)
+
+
+def _names(value: object) -> tuple[str, ...]:
+    """A list in the file; in the environment separated by commas."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, list | tuple):
+        raise ValueError("not a list")
+    return tuple(_text(part) for part in value)
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def _setting(default: Any, parse: Callable[[object], Any], text: str, *, unit: str = "", ollama: str = "") -> Any:
+    return dataclasses.field(default=default, metadata={"parse": parse, "help": text, "unit": unit, "ollama": ollama})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """What the configuration says of one model, under ``[models."name"]``."""
+
+    path: Path | None = None
+    repo: str | None = None
+    aliases: tuple[str, ...] = ()
+    pinned: bool = False
+    keep_alive: float | None = None
+    context_length: int | None = None
+    memory: int | None = None
+
+
+_MODEL_KEYS: Final[dict[str, Callable[[object], Any]]] = {
+    "path": lambda value: Path(_text(value)).expanduser().absolute(),
+    "repo": _text,
+    "aliases": _names,
+    "pinned": _boolean,
+    "keep_alive": _duration,
+    "context_length": _integer,
+    "memory": _size,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything the operator can decide."""
+
+    host: str = _setting("127.0.0.1", _text, "Address to listen on.")
+    port: int = _setting(11434, _port, "Port to listen on; 0 lets the system choose.")
+    models_dirs: tuple[Path, ...] = _setting((), _paths, "Folders with MLX models, as MODEL or ORG/MODEL below them.")
+    hub_cache: bool = _setting(True, _boolean, "Serve the MLX models of the Hugging Face cache.")
+    demo_model: bool = _setting(True, _boolean, "Register the bundled demo model as 'demo'.")
+    default_model: str = _setting("", _text, "Model for requests that name none; empty refuses them.")
+    on_demand: bool = _setting(True, _boolean, "Load a local model when a request names it.")
+    memory_budget: int = _setting(
+        0, _size, "What all loaded models may use together; 0 finds out by itself.", unit="bytes"
+    )
+    max_loaded_models: int = _setting(
+        0, _integer, "Most models loaded at once; 0 means as many as fit.", ollama="OLLAMA_MAX_LOADED_MODELS"
+    )
+    parallel: int = _setting(
+        32, _integer, "Requests that one model answers at once; more wait in its worker.", ollama="OLLAMA_NUM_PARALLEL"
+    )
+    context_length: int = _setting(
+        0, _integer, "Longest prompt plus answer; 0 is the model's own.", unit="tokens", ollama="OLLAMA_CONTEXT_LENGTH"
+    )
+    keep_alive: float = _setting(
+        300.0, _duration, "How long an idle model stays loaded, e.g. 5m; negative: for ever.", unit="seconds",
+        ollama="OLLAMA_KEEP_ALIVE",
+    )  # fmt: skip
+    max_queue: int = _setting(
+        512, _integer, "Most requests that may wait for a model to be loaded.", ollama="OLLAMA_MAX_QUEUE"
+    )
+    queue_timeout_seconds: float = _setting(600.0, _seconds, "Longest wait for room.", unit="seconds")
+    standby_workers: int = _setting(1, _integer, "Idle worker processes kept ready, so that a load is quick.")
+    load_timeout_seconds: float = _setting(
+        600.0, _seconds, "Longest time for loading a model; 0 is no limit.", unit="seconds",
+        ollama="OLLAMA_LOAD_TIMEOUT",
+    )  # fmt: skip
+    drain_timeout_seconds: float = _setting(
+        300.0, _seconds, "Longest wait for the running requests of a model that shall leave.", unit="seconds"
+    )
+    stop_timeout_seconds: float = _setting(
+        10.0, _seconds, "How long a worker may take to exit before it is sent a signal.", unit="seconds"
+    )
+    allowed_origins: tuple[str, ...] = _setting(
+        (), _names, "Web origins that may use the server beside those of this machine; * allows all.",
+        ollama="OLLAMA_ORIGINS",
+    )  # fmt: skip
+    log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "Least important lines to log.")
+    models: dict[str, ModelSettings] = dataclasses.field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches the server."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)  # noqa: S104  # read, not bound
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+def describe_settings() -> list[dataclasses.Field[Any]]:
+    """The fields that are settings, in their order; ``metadata`` has parse, help, unit and Ollama's variable."""
+    return [field for field in dataclasses.fields(Settings) if "parse" in field.metadata]
+
+
+def home_folder(environment: dict[str, str]) -> Path:
+    """Where state and the configuration live: ``MLX_ROUTER_HOME``, else the platform's usual place."""
+    if path := environment.get("MLX_ROUTER_HOME"):
+        return Path(path).expanduser()
+    if sys.platform == "darwin":
+        return Path("~/Library/Application Support/mlx-router").expanduser()
+    return Path(environment.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "mlx-router"
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def load_settings(flags: dict[str, object], environment: dict[str, str], config: Path | None = None) -> Settings:
+    """Put the layers on top of each other. Raises ``SettingsError``.
+
+    ``config`` None reads ``config.toml`` in the home folder if it is there; a file that was named has to exist.
+    """
+    values: dict[str, object] = {}
+    file = config or home_folder(environment) / "config.toml"
+    if config is not None or file.exists():
+        values.update(_read_file(file))
+    values.update(_from_ollama(environment))
+    for field in describe_settings():
+        variable = f"MLX_ROUTER_{field.name.upper()}"
+        if variable in environment:
+            values[field.name] = _parse(field, environment[variable], variable)
+    for field in describe_settings():
+        if flags.get(field.name) is not None:
+            flag = "--" + field.name.replace("_", "-")
+            values[field.name] = _parse(field, flags[field.name], flag)
+    return Settings(**values)  # type: ignore[arg-type]  # each value went through its field's own parser
+
+
+def _parse(field: dataclasses.Field[Any], value: object, origin: str) -> object:
+    try:
+        return field.metadata["parse"](value)
+    except (ValueError, InvalidRequest) as error:
+        raise SettingsError(f"{origin}: {value!r}: {error}") from None
+
+
+def _read_file(file: Path) -> dict[str, object]:
+    try:
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: {error}") from None
+    version = data.pop("version", CONFIG_VERSION)
+    if version != CONFIG_VERSION:
+        raise SettingsError(f"{file}: version {version!r} is not known here; this release reads {CONFIG_VERSION}")
+    models = data.pop("models", {})
+    fields = {field.name: field for field in describe_settings()}
+    values: dict[str, object] = {}
+    for name, value in data.items():
+        if name not in fields:
+            raise SettingsError(f"{file}: there is no setting {name!r}")
+        values[name] = _parse(fields[name], value, f"{file}: {name}")
+    if not isinstance(models, dict):
+        raise SettingsError(f"{file}: models: not a table")
+    values["models"] = {name: _read_model(file, name, table) for name, table in models.items()}
+    return values
+
+
+def _read_model(file: Path, name: str, table: object) -> ModelSettings:
+    origin = f"{file}: models.{name!r}"
+    if not isinstance(table, dict):
+        raise SettingsError(f"{origin}: not a table")
+    values = {}
+    for key, value in table.items():
+        if key not in _MODEL_KEYS:
+            raise SettingsError(f"{origin}: there is no setting {key!r} of a model")
+        try:
+            values[key] = _MODEL_KEYS[key](value)
+        except (ValueError, InvalidRequest) as error:
+            raise SettingsError(f"{origin}: {key}: {value!r}: {error}") from None
+    return ModelSettings(**values)
+
+
+def _from_ollama(environment: dict[str, str]) -> dict[str, object]:
+    """Ollama's own variables, for people who have them set; a value that Ollama would ignore is ignored here too."""
+    values: dict[str, object] = {}
+    for field in describe_settings():
+        text = environment.get(field.metadata["ollama"] or "", "").strip().strip("\"'")
+        if text:
+            parse = _duration if field.name == "load_timeout_seconds" else field.metadata["parse"]
+            try:
+                value = parse(text)
+            except (ValueError, InvalidRequest):
+                continue
+            if field.name == "load_timeout_seconds" and math.isinf(value):
+                value = 0.0
+            values[field.name] = value
+    if host := environment.get("OLLAMA_HOST", "").strip().strip("\"'"):
+        values.update(_split_host(host))
+    return values
+
+
+def _split_host(text: str) -> dict[str, object]:
+    """``[scheme://]host[:port][/path]`` with Ollama's default ports."""
+    scheme, _, rest = text.rpartition("://")
+    rest = rest.split("/", 1)[0]
+    default = {"http": 80, "https": 443}.get(scheme, 11434)
+    host, colon, port = rest.rpartition(":")
+    if not colon or rest.endswith("]") or (":" in host.strip("[]") and not host.startswith("[")):
+        host, port = rest, ""
+    number = int(port) if port.isdigit() and int(port) <= 65535 else default
+    return {"host": host.strip("[]") or "0.0.0.0", "port": number}  # noqa: S104  # Ollama binds all for ":8080"

@@ -1,0 +1,287 @@
+"""One worker as the router sees it: its process, its messages, its open requests, its end.
+
+The awaited exit of the process is the authority on its death; everything that waits for the worker waits for that
+too, so that nobody hangs on a process that is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Final, assert_never
+
+from mlx_router_shared.errors import ErrorCode, LoadFailed, MlxRouterError, WorkerDied, error_from_code
+from mlx_router_shared.generation import Event, Failure, Finish, GenerationRequest
+from mlx_router_shared.protocol import (
+    Bye,
+    Cancel,
+    FromWorker,
+    Generate,
+    GetStats,
+    Hello,
+    Load,
+    Loading,
+    ModelFacts,
+    Ready,
+    Shutdown,
+    Stats,
+    Step,
+)
+from mlx_router_shared.protocol import LoadFailed as LoadFailedMessage
+
+from mlx_router_server.workers.launcher import WorkerProcess
+from mlx_router_server.workers.link import WorkerLink
+
+__all__ = ["StopReport", "WorkerHandle"]
+
+_MOST_UNREAD_EVENTS: Final = 20_000
+_TERM_SECONDS: Final = 3.0
+_KILL_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopReport:
+    """How an end went: seconds from the request to leave to the worker's good-bye, and from there to its reaping."""
+
+    exit_seconds: float
+    reap_seconds: float
+    rung: str
+    """The last rung of the ladder that was needed: ``shutdown``, ``term`` or ``kill``."""
+
+
+class _Inbox:
+    """The events of one request that nobody has read yet."""
+
+    __slots__ = ("_events", "_waiter", "closed")
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self.closed = False
+
+    def put(self, events: list[Event]) -> bool:
+        """Returns False when the reader is so far behind that it has to be given up."""
+        if self.closed:
+            return True
+        self._events += events
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        if isinstance(events[-1], Finish | Failure):
+            self.closed = True
+        return len(self._events) <= _MOST_UNREAD_EVENTS
+
+    async def take(self) -> list[Event]:
+        """All unread events, at least one."""
+        while not self._events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        events, self._events = self._events, []
+        return events
+
+
+class WorkerHandle:
+    """Created when the process exists; ``exited`` is set when it is reaped."""
+
+    def __init__(self, worker_id: str, engine: str, process: WorkerProcess, link: WorkerLink, token: str) -> None:
+        self.worker_id = worker_id
+        self.engine = engine
+        self.process = process
+        self.started_at = time.monotonic()
+        self.hello: Hello | None = None
+        self.facts: ModelFacts | None = None
+        self.stage = "importing"
+        self.fraction = 0.0
+        self.stats: Stats | None = None
+        self.exited = asyncio.Event()
+        self.exit_reason = ""
+        self.on_exit: Callable[[], None] | None = None
+        """Called when it is reaped, before anyone whose request it served is told."""
+        self._link = link
+        self._changed = asyncio.Event()
+        self._load_error: MlxRouterError | None = None
+        self._broken = ""
+        self._bye_at: float | None = None
+        self._inboxes: dict[str, _Inbox] = {}
+        self._requests = 0
+        self._stats_waiters: list[asyncio.Future[Stats]] = []
+        link.expect(worker_id, token, self._on_message, self._on_broken)
+        self._watch = asyncio.create_task(self._await_exit(), name=f"exit-{worker_id}")
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._inboxes)
+
+    # ----------------------------------------------------------------- handshake and load
+
+    async def wait_hello(self, limit_seconds: float) -> Hello:
+        """Wait until it could load. Raises ``WorkerDied`` or, at the limit, ``LoadFailed``."""
+        await self._wait_until(lambda: self.hello is not None, limit_seconds, "did not say hello")
+        assert self.hello is not None
+        return self.hello
+
+    async def load(self, load: Load, limit_seconds: float) -> ModelFacts:
+        """Have it load a model. Raises ``LoadFailed``, ``WorkerDied`` or what the worker's code names."""
+        self.stage, self.fraction = "weights", 0.0
+        self.process.label = load.model
+        self._link.send(self.worker_id, load)
+        await self._wait_until(
+            lambda: self.facts is not None or self._load_error is not None, limit_seconds, "did not finish loading"
+        )
+        if self._load_error is not None:
+            raise self._load_error
+        assert self.facts is not None
+        self.stage = ""
+        return self.facts
+
+    async def _wait_until(self, done: Callable[[], bool], limit_seconds: float, what: str) -> None:
+        try:
+            async with asyncio.timeout(limit_seconds or None):
+                while not done():
+                    if self._broken:
+                        raise WorkerDied(f"its worker process broke the protocol: {self._broken}")
+                    if self.exited.is_set():
+                        raise WorkerDied(self.exit_reason)
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise LoadFailed(f"its worker process {what} within {limit_seconds:g} s") from None
+
+    # ------------------------------------------------------------------------- requests
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[Event], None]:
+        """The events of one request, as they come, the last of them ``Finish`` or ``Failure``.
+
+        Closing the generator early cancels the request in the worker. Raises ``WorkerDied`` when it cannot be sent.
+        """
+        self._requests += 1
+        request_id = f"{self.worker_id}-{self._requests}"
+        inbox = self._inboxes[request_id] = _Inbox()
+        ended = False
+        try:
+            if self.exited.is_set():
+                raise WorkerDied(self.exit_reason)
+            self._link.send(self.worker_id, Generate(request_id=request_id, request=request))
+            while not ended:
+                events = await inbox.take()
+                ended = isinstance(events[-1], Finish | Failure)
+                yield events
+        finally:
+            del self._inboxes[request_id]
+            if not ended and not self.exited.is_set():
+                try:
+                    self._link.send(self.worker_id, Cancel(request_id=request_id))
+                except WorkerDied:
+                    pass  # then nothing runs any more
+
+    def fail_requests(self, message: str, code: ErrorCode = ErrorCode.WORKER_DIED) -> None:
+        """End every open request with a visible error."""
+        for request_id, inbox in list(self._inboxes.items()):
+            if not inbox.closed:
+                inbox.put([Failure(code=code, message=message)])
+                if not self.exited.is_set():
+                    try:
+                        self._link.send(self.worker_id, Cancel(request_id=request_id))
+                    except WorkerDied:
+                        pass
+
+    async def get_stats(self, limit_seconds: float) -> Stats:
+        """Ask for figures now; raises ``TimeoutError`` when the socket thread does not answer."""
+        future: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
+        self._stats_waiters.append(future)
+        self._link.send(self.worker_id, GetStats())
+        async with asyncio.timeout(limit_seconds):
+            return await future
+
+    # ------------------------------------------------------------------------------ end
+
+    async def stop(self, reason: str, limit_seconds: float) -> StopReport:
+        """Go down the ladder: ``Shutdown``, TERM, KILL, each with a limit of its own. Returns once it is reaped."""
+        started = time.monotonic()
+        rung = "shutdown"
+        try:
+            # The worker's own limit comes after TERM: it is for the case that we are gone by then.
+            self._link.send(self.worker_id, Shutdown(reason=reason, limit_seconds=limit_seconds + 2 * _TERM_SECONDS))
+            await self._exited_within(limit_seconds)
+        except WorkerDied:
+            pass  # not connected yet, or not any more: TERM reaches it in any case
+        if not self.exited.is_set():
+            rung = "term"
+            self.process.signal_group(signal.SIGTERM)
+            await self._exited_within(_TERM_SECONDS)
+        if not self.exited.is_set():
+            rung = "kill"
+            self.process.signal_group(signal.SIGKILL)
+            await self._exited_within(_KILL_SECONDS)
+        ended = time.monotonic()
+        bye = self._bye_at if self._bye_at is not None and self._bye_at >= started else ended
+        return StopReport(exit_seconds=bye - started, reap_seconds=ended - bye, rung=rung)
+
+    async def _exited_within(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self.exited.wait()
+        except TimeoutError:
+            pass
+
+    async def _await_exit(self) -> None:
+        status = await self.process.wait()
+        self._link.forget(self.worker_id)
+        self.exit_reason = self._broken or self.process.describe_exit(status)
+        self.exited.set()
+        self._changed.set()
+        if self.on_exit is not None:
+            self.on_exit()
+        self.fail_requests(
+            "model runner has unexpectedly stopped: " + self.exit_reason if self._bye_at is None else "unloaded"
+        )
+        for waiter in self._stats_waiters:
+            waiter.cancel()
+
+    # ------------------------------------------------------------------------- messages
+
+    def _on_message(self, message: FromWorker) -> None:
+        match message:
+            case Step():
+                for stream in message.streams:
+                    inbox = self._inboxes.get(stream.request_id)
+                    if inbox is not None and stream.events and not inbox.put(stream.events):
+                        self._give_up_reader(stream.request_id, inbox)
+                return
+            case Hello():
+                self.hello = message
+                self.stage = ""
+            case Loading():
+                self.stage, self.fraction = message.stage, message.fraction
+            case Ready():
+                self.facts = message.facts
+            case LoadFailedMessage():
+                error = error_from_code(message.code, message.message)
+                self._load_error = error if type(error) is not MlxRouterError else LoadFailed(message.message)
+            case Stats():
+                self.stats = message
+                waiters, self._stats_waiters = self._stats_waiters, []
+                for waiter in waiters:
+                    if not waiter.done():
+                        waiter.set_result(message)
+            case Bye():
+                self._bye_at = time.monotonic()
+            case _:
+                assert_never(message)
+        self._changed.set()
+
+    def _give_up_reader(self, request_id: str, inbox: _Inbox) -> None:
+        inbox.put([Failure(code=ErrorCode.INTERNAL, message="the client reads too slowly")])
+        self._link.send(self.worker_id, Cancel(request_id=request_id))
+
+    def _on_broken(self, reason: str) -> None:
+        """It talks nonsense: nothing it says can be trusted any more, so it is ended at once."""
+        self._broken = f"its worker process broke the protocol: {reason}"
+        self.process.signal_group(signal.SIGKILL)
+        self._changed.set()

@@ -1,0 +1,152 @@
+"""Starts worker processes and owns their pipes.
+
+A worker gets its own session (so its own process group), a minimal environment, and on standard input the one line
+that tells it whom to call and by which token. The pipe stays open for as long as the router lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections import deque
+from typing import Final
+
+from mlx_router_shared.codec import encode_bootstrap
+from mlx_router_shared.protocol import Bootstrap
+
+__all__ = ["WorkerProcess", "launch", "worker_environment"]
+
+log = logging.getLogger(__name__)
+
+_TAIL_LINES: Final = 40
+_LINE_BYTES: Final = 4096
+_LAST_WORDS_SECONDS: Final = 0.5
+_PASSED_ON: Final = frozenset(
+    [
+        "PATH",
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "LANG",
+        "TZ",
+        "TMPDIR",
+        "VIRTUAL_ENV",
+        "PYTHONPATH",
+        "PYTHONHOME",
+        "LD_LIBRARY_PATH",
+        "DYLD_LIBRARY_PATH",
+        "DYLD_FALLBACK_LIBRARY_PATH",
+        "CUDA_VISIBLE_DEVICES",
+    ]
+)
+_PASSED_ON_PREFIXES: Final = ("LC_", "MLX_", "OMP_", "OPENBLAS_", "CUDA_", "METAL_", "COV_")
+_NOT_PASSED_ON_PREFIX: Final = "MLX_ROUTER_"
+
+
+def worker_environment(environment: dict[str, str]) -> dict[str, str]:
+    """What a worker may see of the router's environment: no keys, no tokens, and no way to the network.
+
+    PYTHONDONTWRITEBYTECODE is left out on purpose: without byte code a cold start takes three times as long.
+    """
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if name in _PASSED_ON or (name.startswith(_PASSED_ON_PREFIXES) and not name.startswith(_NOT_PASSED_ON_PREFIX))
+    }
+    kept.update(
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_OFFLINE="1",
+        TRANSFORMERS_NO_ADVISORY_WARNINGS="1",
+        TOKENIZERS_PARALLELISM="false",
+        PYTHONUNBUFFERED="1",
+    )
+    return kept
+
+
+class WorkerProcess:
+    """A running worker: its pid, its end, and the last lines it wrote to standard error."""
+
+    def __init__(self, worker_id: str, process: asyncio.subprocess.Process) -> None:
+        self.worker_id = worker_id
+        self.label = worker_id
+        """What its lines in the log are marked with; the model's name once it has one."""
+        self._process = process
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._relay = asyncio.create_task(self._relay_stderr(), name=f"stderr-{worker_id}")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
+
+    @property
+    def stderr_tail(self) -> list[str]:
+        return list(self._tail)
+
+    async def wait(self) -> int:
+        """The exit status once the process is reaped; negative numbers are signals."""
+        status = await self._process.wait()
+        # Its last words are wanted, but a grandchild that holds the pipe open must not hold us.
+        await asyncio.wait([self._relay], timeout=_LAST_WORDS_SECONDS)
+        self._relay.cancel()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        return status
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """Send a signal to the worker and everything it started."""
+        if self.alive:
+            try:
+                os.killpg(self.pid, number)
+            except ProcessLookupError:
+                pass  # it ended in this very moment
+
+    def describe_exit(self, status: int) -> str:
+        """One human sentence about an end that nobody asked for."""
+        if status < 0:
+            try:
+                how = f"was ended by signal {signal.Signals(-status).name}"
+            except ValueError:
+                how = f"was ended by signal {-status}"
+        else:
+            how = f"exited with status {status}"
+        last = next((line for line in reversed(self._tail) if line.strip()), "")
+        return f"its worker process {how}" + (f" ({last.strip()[:200]})" if last and status >= 0 else "")
+
+    async def _relay_stderr(self) -> None:
+        stream = self._process.stderr
+        assert stream is not None
+        while True:
+            try:
+                line = await stream.readline()
+            except ValueError:  # a line longer than the reader's limit; the rest of it comes next
+                continue
+            if not line:
+                return
+            text = line[:_LINE_BYTES].decode("utf-8", "replace").rstrip()
+            self._tail.append(text)
+            log.info("event=worker_output worker=%s text=%r", self.label, text)
+
+
+async def launch(bootstrap: Bootstrap) -> WorkerProcess:
+    """Start a worker; returns as soon as the process exists. Raises ``OSError`` when it cannot be started."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-P",  # a queue.py in the user's folder must not be imported instead of the standard one
+        "-m",
+        "mlx_router_worker",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        env=worker_environment(dict(os.environ)),
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    process.stdin.write(encode_bootstrap(bootstrap))
+    return WorkerProcess(bootstrap.worker_id, process)

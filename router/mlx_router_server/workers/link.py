@@ -1,0 +1,111 @@
+"""The ROUTER socket: every message to and from every worker passes here.
+
+Only identities that were announced before are listened to, and only after their token was right. A peer that sends
+what is no message is cut off at once. ROUTER_MANDATORY is set, because a ROUTER socket otherwise drops messages for
+a peer that is gone without a word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import zmq
+import zmq.asyncio
+from mlx_router_shared.codec import MAX_MESSAGE_BYTES, decode_from_worker, encode
+from mlx_router_shared.errors import ProtocolError, WorkerDied
+from mlx_router_shared.protocol import PROTOCOL_VERSION, FromWorker, Hello, ToWorker, Welcome
+
+__all__ = ["WorkerLink"]
+
+log = logging.getLogger(__name__)
+
+_HIGH_WATER_MARK: Final = 10_000
+_STATS_INTERVAL_SECONDS: Final = 1.0
+
+OnMessage = Callable[[FromWorker], None]
+OnBroken = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class _Peer:
+    token: str
+    on_message: OnMessage
+    on_broken: OnBroken
+    greeted: bool = False
+
+
+class WorkerLink:
+    """Created and closed inside a running event loop."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, _HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.RCVHWM, _HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.bind(endpoint)
+        self._peers: dict[bytes, _Peer] = {}
+        self.late_messages = 0
+        """Messages of peers that are not, or no longer, listened to."""
+        self._reader = asyncio.create_task(self._read(), name="worker-link")
+
+    def expect(self, worker_id: str, token: str, on_message: OnMessage, on_broken: OnBroken) -> None:
+        """Listen to this worker from now on. ``on_broken`` is called once if it talks nonsense."""
+        self._peers[worker_id.encode()] = _Peer(token, on_message, on_broken)
+
+    def forget(self, worker_id: str) -> None:
+        self._peers.pop(worker_id.encode(), None)
+
+    def send(self, worker_id: str, message: ToWorker) -> None:
+        """Hand a message to the socket; raises ``WorkerDied`` when the worker is not connected or does not read."""
+        frames = [worker_id.encode(), encode(message)]
+        future = cast("asyncio.Future[Any]", self._socket.send_multipart(frames, zmq.NOBLOCK))
+        # Without a backlog, and without waiting allowed, pyzmq has tried by now: the outcome is in the future.
+        if future.done() and (error := future.exception()) is not None:
+            raise WorkerDied(f"the worker process cannot be reached ({error})")
+
+    async def close(self) -> None:
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        self._socket.close()
+        self._context.term()
+
+    async def _read(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart()
+            peer = self._peers.get(frames[0])
+            if peer is None or len(frames) != 2:
+                self.late_messages += 1
+                continue
+            worker_id = frames[0].decode()
+            try:
+                message = decode_from_worker(frames[1])
+                if isinstance(message, Hello):
+                    self._check(message, peer)
+                    peer.greeted = True
+                    self.send(worker_id, Welcome(stats_interval_seconds=_STATS_INTERVAL_SECONDS))
+                elif not peer.greeted:
+                    raise ProtocolError(f"{type(message).__name__} before Hello")
+                peer.on_message(message)
+            except ProtocolError as error:
+                log.error("event=protocol_error worker=%s error=%r", worker_id, error.message)
+                self.forget(worker_id)
+                peer.on_broken(error.message)
+            except WorkerDied:
+                pass  # gone between its hello and our welcome: its exit is awaited elsewhere
+
+    def _check(self, hello: Hello, peer: _Peer) -> None:
+        if not hmac.compare_digest(hello.token, peer.token):
+            raise ProtocolError("a worker said hello with a wrong token")
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"the worker speaks protocol version {hello.protocol_version}, this router {PROTOCOL_VERSION}: "
+                "both must come from the same installation"
+            )

@@ -1,0 +1,187 @@
+"""Stable error codes and the one exception tree.
+
+Codes cross the wire, exceptions do not: a worker sends a code and a sentence, the router raises the class that the
+code names. Each API maps codes to its own shapes and statuses in one table; nobody raises HTTP errors below `api`.
+
+    MlxRouterError
+    ├── InvalidRequest              what was sent can never work
+    │   ├── UnsupportedCapability   this model cannot do that
+    │   └── ContextLengthExceeded   the prompt is longer than the context
+    ├── ModelNotFound               the name is nobody's
+    ├── ModelTooLarge               would not fit, even alone
+    ├── Unavailable                 may work later: carries the seconds after which to try again
+    │   ├── Overloaded              a queue is full
+    │   ├── WaitedTooLong           no room came free in time
+    │   ├── MemoryPinned            the room is held by pinned models
+    │   ├── BackingOff              the last load failed a moment ago
+    │   └── ShuttingDown            the router is leaving
+    ├── LoadFailed                  the worker could not load the model
+    ├── WorkerDied                  the worker's process ended while it was needed
+    ├── EngineFailed                the engine raised while it generated
+    └── ProtocolError               bytes that are not a message
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar
+
+__all__ = [
+    "BackingOff",
+    "ContextLengthExceeded",
+    "EngineFailed",
+    "ErrorCode",
+    "InvalidRequest",
+    "LoadFailed",
+    "MemoryPinned",
+    "MlxRouterError",
+    "ModelNotFound",
+    "ModelTooLarge",
+    "Overloaded",
+    "ProtocolError",
+    "ShuttingDown",
+    "Unavailable",
+    "UnsupportedCapability",
+    "WaitedTooLong",
+    "WorkerDied",
+    "error_from_code",
+]
+
+
+class ErrorCode(StrEnum):
+    """What went wrong, in words that stay the same from release to release."""
+
+    INTERNAL = "internal"
+    INVALID_REQUEST = "invalid_request"
+    UNSUPPORTED_CAPABILITY = "unsupported_capability"
+    CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    MODEL_NOT_FOUND = "model_not_found"
+    MODEL_TOO_LARGE = "model_too_large"
+    UNAVAILABLE = "unavailable"
+    OVERLOADED = "overloaded"
+    WAITED_TOO_LONG = "waited_too_long"
+    MEMORY_PINNED = "memory_pinned"
+    BACKING_OFF = "backing_off"
+    SHUTTING_DOWN = "shutting_down"
+    LOAD_FAILED = "load_failed"
+    WORKER_DIED = "worker_died"
+    ENGINE_FAILED = "engine_failed"
+    PROTOCOL = "protocol"
+
+
+class MlxRouterError(Exception):
+    """Base of all errors of this project; the message is one sentence for the person who made the request."""
+
+    code: ClassVar[ErrorCode] = ErrorCode.INTERNAL
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        """The request field at fault, as the client wrote it, or None."""
+
+
+class InvalidRequest(MlxRouterError):
+    """The request can never work as it is."""
+
+    code = ErrorCode.INVALID_REQUEST
+
+
+class UnsupportedCapability(InvalidRequest):
+    """The model, or this server, cannot do what was asked."""
+
+    code = ErrorCode.UNSUPPORTED_CAPABILITY
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt does not fit the context."""
+
+    code = ErrorCode.CONTEXT_LENGTH_EXCEEDED
+
+
+class ModelNotFound(MlxRouterError):
+    """No model of that name is known here."""
+
+    code = ErrorCode.MODEL_NOT_FOUND
+
+
+class ModelTooLarge(MlxRouterError):
+    """The model would not fit the memory budget even alone; nothing was evicted for it."""
+
+    code = ErrorCode.MODEL_TOO_LARGE
+
+
+class Unavailable(MlxRouterError):
+    """Not now; ``retry_after_seconds`` says when to ask again."""
+
+    code = ErrorCode.UNAVAILABLE
+
+    def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Overloaded(Unavailable):
+    """A queue is full."""
+
+    code = ErrorCode.OVERLOADED
+
+
+class WaitedTooLong(Unavailable):
+    """No room came free within the time limit of the queue."""
+
+    code = ErrorCode.WAITED_TOO_LONG
+
+
+class MemoryPinned(Unavailable):
+    """The memory that is needed belongs to pinned models."""
+
+    code = ErrorCode.MEMORY_PINNED
+
+
+class BackingOff(Unavailable):
+    """The model failed a moment ago and is not tried again yet."""
+
+    code = ErrorCode.BACKING_OFF
+
+
+class ShuttingDown(Unavailable):
+    """The router is leaving and takes no new work."""
+
+    code = ErrorCode.SHUTTING_DOWN
+
+
+class LoadFailed(MlxRouterError):
+    """A worker could not load the model."""
+
+    code = ErrorCode.LOAD_FAILED
+
+
+class WorkerDied(MlxRouterError):
+    """The worker's process ended while a request needed it."""
+
+    code = ErrorCode.WORKER_DIED
+
+
+class EngineFailed(MlxRouterError):
+    """The engine raised while it generated."""
+
+    code = ErrorCode.ENGINE_FAILED
+
+
+class ProtocolError(MlxRouterError):
+    """Bytes that are not a message of this protocol version."""
+
+    code = ErrorCode.PROTOCOL
+
+
+def _tree(root: type[MlxRouterError]) -> dict[str, type[MlxRouterError]]:
+    found = {root.code.value: root}
+    for child in root.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+def error_from_code(code: str, message: str) -> MlxRouterError:
+    """The exception that ``code`` names; a code from a newer peer becomes the base class."""
+    return _tree(MlxRouterError).get(code, MlxRouterError)(message)

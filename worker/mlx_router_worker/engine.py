@@ -1,0 +1,55 @@
+"""The seam between the compute loop and whatever computes.
+
+An engine is owned by the compute loop's thread: it alone calls every method, except ``reading``, which the socket
+thread may call at any time. MLX requires this: arrays belong to the thread that made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from mlx_router_shared.generation import Event, GenerationRequest, StreamEvents
+from mlx_router_shared.protocol import Load, ModelFacts
+
+__all__ = ["Engine", "EngineReading", "Report"]
+
+Report = Callable[[str, float], None]
+"""Called with a stage and the fraction of it that is done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineReading:
+    """Figures that may be read from any thread: bytes, and tokens generated since the load."""
+
+    memory_bytes: int = 0
+    cache_bytes: int = 0
+    peak_bytes: int = 0
+    tokens_total: int = 0
+
+
+class Engine(Protocol):
+    """Loads one model and answers requests for it, many at once."""
+
+    def load(self, load: Load, report: Report) -> ModelFacts:
+        """Load the model, blocking. Raises ``MlxRouterError`` with a reason for people when that cannot work."""
+
+    def submit(self, request_id: str, request: GenerationRequest) -> list[Event]:
+        """Accept a request and return its first events. Raises ``MlxRouterError``; then nothing is changed."""
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request at once; unknown ids are ignored."""
+
+    @property
+    def streams(self) -> int:
+        """How many requests are unfinished."""
+
+    def step(self) -> list[StreamEvents]:
+        """Advance every unfinished request a little; a request's own failure is an event, never an exception."""
+
+    def reading(self) -> EngineReading:
+        """Memory and token figures; callable from any thread."""
+
+    def close(self) -> None:
+        """Give everything back; nothing is called afterwards."""

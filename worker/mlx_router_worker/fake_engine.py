@@ -1,0 +1,189 @@
+"""A scripted engine: the same worker process, with no mlx in it.
+
+Shipped, because it makes every way in which a worker can go wrong available at will: to the project's tests, to demos
+and to anyone who wants to see what their clients do then. The script is ``fake.json`` in the model's folder.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from mlx_router_shared.errors import ContextLengthExceeded, LoadFailed
+from mlx_router_shared.generation import (
+    Event,
+    Finish,
+    FinishReason,
+    GenerationRequest,
+    Started,
+    StreamEvents,
+    TextDelta,
+    Usage,
+)
+from mlx_router_shared.protocol import Load, ModelFacts
+
+from mlx_router_worker.engine import EngineReading, Report
+
+__all__ = ["FakeEngine", "FakeScript"]
+
+_PAGE = 4096
+_BLINK_SECONDS = 0.002
+
+
+class FakeScript(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the engine does. Points of time: ``load``, ``ready`` (right after), ``generate``, ``shutdown``."""
+
+    load_seconds: float = 0.0
+    burn: bool = False
+    """Keep a core busy while loading."""
+    memory_bytes: int = 0
+    """Really allocated and touched, so that it is seen from outside and must come back."""
+    tokens_per_second: float = 0.0
+    """Of each stream; 0 is as fast as it goes."""
+    tokens: int = 16
+    """Length of an answer, unless the request wants fewer."""
+    context_tokens: int = 4096
+    fail_load: str = ""
+    """The reason that a load fails with."""
+    crash_at: str = ""
+    exit_status: int = 9
+    hang_at: str = ""
+    """Stop doing anything, for ever; the socket thread goes on."""
+    at_token: int = 3
+    """Where in an answer ``generate`` is, counted from 1."""
+    ignore_shutdown: bool = False
+    ignore_term: bool = False
+    """Together with ``ignore_shutdown`` only KILL ends the process."""
+    garbage_at: str = ""
+    """Send bytes that are no message."""
+
+
+class _Stream:
+    __slots__ = ("due", "made", "prompt_tokens", "request_id", "started", "wanted")
+
+    def __init__(self, request_id: str, prompt_tokens: int, wanted: int, now: float) -> None:
+        self.request_id = request_id
+        self.prompt_tokens = prompt_tokens
+        self.wanted = wanted
+        self.made = 0
+        self.started = now
+        self.due = now
+
+
+class FakeEngine:
+    """Implements ``Engine``; the words of an answer are ``<model>-<n>``, so that a mix-up shows."""
+
+    def __init__(self, send_bytes: Callable[[bytes], None]) -> None:
+        self._send_bytes = send_bytes
+        self._script = FakeScript()
+        self._model = ""
+        self._memory = bytearray()
+        self._streams: dict[str, _Stream] = {}
+        self._tokens_total = 0
+
+    def load(self, load: Load, report: Report) -> ModelFacts:
+        started = time.monotonic()
+        try:
+            text = (Path(load.path) / "fake.json").read_bytes()
+            self._script = script = msgspec.json.decode(text, type=FakeScript)
+        except (OSError, msgspec.DecodeError) as error:
+            raise LoadFailed(f"the script of the fake engine cannot be read: {error}") from None
+        self._model = load.model
+        self._misbehave("load")
+        if script.memory_bytes:
+            self._memory = bytearray(script.memory_bytes)
+            for at in range(0, script.memory_bytes, _PAGE):
+                self._memory[at] = 1
+        end = started + script.load_seconds
+        while (now := time.monotonic()) < end:
+            report("weights", 1 - (end - now) / script.load_seconds)
+            if not script.burn:
+                time.sleep(min(0.05, end - now))
+        if script.fail_load:
+            raise LoadFailed(script.fail_load)
+        self._misbehave("ready")
+        return ModelFacts(
+            context_tokens=min(script.context_tokens, load.context_tokens or script.context_tokens),
+            has_chat_template=True,
+            has_thinking=False,
+            has_tools=True,
+            weights_bytes=script.memory_bytes,
+            memory_bytes=script.memory_bytes,
+            weights_seconds=time.monotonic() - started,
+            warm_up_seconds=0.0,
+        )
+
+    def submit(self, request_id: str, request: GenerationRequest) -> list[Event]:
+        words = sum(len(message.content.split()) for message in request.messages)
+        prompt_tokens = words + len((request.prompt or "").split()) or 1
+        limit = self._script.context_tokens
+        if prompt_tokens >= limit:
+            raise ContextLengthExceeded(
+                f"input length ({prompt_tokens} tokens) exceeds the model's maximum context length ({limit} tokens)"
+            )
+        wanted = min(self._script.tokens, request.max_tokens or self._script.tokens, limit - prompt_tokens)
+        self._streams[request_id] = _Stream(request_id, prompt_tokens, wanted, time.monotonic())
+        return [Started(prompt_tokens=prompt_tokens)]
+
+    def cancel(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+
+    @property
+    def streams(self) -> int:
+        return len(self._streams)
+
+    def step(self) -> list[StreamEvents]:
+        now = time.monotonic()
+        soonest = min(stream.due for stream in self._streams.values())
+        if soonest > now:
+            time.sleep(min(soonest - now, _BLINK_SECONDS))  # short, so that a cancel is taken soon
+            return []
+        out = []
+        for stream in [s for s in self._streams.values() if s.due <= now]:
+            stream.made += 1
+            self._tokens_total += 1
+            if stream.made == self._script.at_token:
+                self._misbehave("generate")
+            if self._script.tokens_per_second:
+                stream.due += 1 / self._script.tokens_per_second
+            events: list[Event] = [TextDelta(text=f"{self._model}-{stream.made} ")]
+            if stream.made >= stream.wanted:
+                del self._streams[stream.request_id]
+                reason = FinishReason.STOP if stream.wanted == self._script.tokens else FinishReason.LENGTH
+                events += [
+                    Usage(
+                        prompt_tokens=stream.prompt_tokens,
+                        completion_tokens=stream.made,
+                        prefill_seconds=0.0,
+                        decode_seconds=now - stream.started,
+                    ),
+                    Finish(reason=reason),
+                ]
+            out.append(StreamEvents(request_id=stream.request_id, events=events))
+        return out
+
+    def reading(self) -> EngineReading:
+        size = len(self._memory)
+        return EngineReading(memory_bytes=size, peak_bytes=size, tokens_total=self._tokens_total)
+
+    def close(self) -> None:
+        self._misbehave("shutdown")
+        if self._script.ignore_shutdown and self._script.ignore_term:
+            os.kill(os.getpid(), signal.SIGSTOP)  # deaf to everything but KILL
+        while self._script.ignore_shutdown:
+            time.sleep(3600)
+        self._memory = bytearray()
+
+    def _misbehave(self, point: str) -> None:
+        if self._script.garbage_at == point:
+            self._send_bytes(b"\xc1this is not a message")
+        if self._script.crash_at == point:
+            print(f"fake engine: crashing at {point}, as its script says", file=sys.stderr, flush=True)
+            os._exit(self._script.exit_status)
+        while self._script.hang_at == point:
+            time.sleep(3600)

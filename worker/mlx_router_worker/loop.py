@@ -1,0 +1,162 @@
+"""The compute loop: take, step, emit.
+
+Promises
+- One thread, the process's main thread, loads, generates and frees; it alone touches the engine.
+- Commands that have arrived are taken before each step, so a cancel takes effect within one step.
+- Each step sends at most one message, with the events of all streams; each request ends with exactly one ``Finish``
+  or ``Failure``, unless it was cancelled.
+- ``Progress.steps`` moves with every step and with nothing else: it is what a stall watchdog may believe.
+- Without work the loop sleeps in its queue and costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from queue import Empty, SimpleQueue
+from typing import assert_never
+
+from mlx_router_shared.errors import EngineFailed, ErrorCode, MlxRouterError
+from mlx_router_shared.generation import Failure, Finish, StreamEvents
+from mlx_router_shared.protocol import (
+    Bye,
+    Cancel,
+    Generate,
+    GetStats,
+    Load,
+    LoadFailed,
+    Loading,
+    Ready,
+    Shutdown,
+    Step,
+    ToWorker,
+    Welcome,
+)
+
+from mlx_router_worker.engine import Engine, EngineReading
+from mlx_router_worker.link import Link, Progress
+
+__all__ = ["ComputeLoop"]
+
+log = logging.getLogger(__name__)
+
+_EXIT_LOAD_FAILED = 1
+_EXIT_ENGINE_FAILED = 5
+_READ_MEMORY_EVERY = 32  # steps; a reading is cheap but not free
+
+
+class ComputeLoop:
+    """Runs one engine for one router until it is told to stop."""
+
+    def __init__(self, engine: Engine, link: Link, inbox: SimpleQueue[ToWorker], progress: Progress) -> None:
+        self._engine = engine
+        self._link = link
+        self._inbox = inbox
+        self._progress = progress
+        self._live: set[str] = set()
+        self._loaded = False
+
+    def run(self) -> int:
+        """Serve until ``Shutdown`` or a failure that ends the worker. Returns the exit status."""
+        while True:
+            while (command := self._take()) is not None:
+                status = self._obey(command)
+                if status is not None:
+                    return status
+            if self._engine.streams:
+                try:
+                    self._step()
+                except Exception as error:
+                    # Caches and batch are in an unknown state after this: better a fresh process than wrong answers.
+                    log.exception("event=engine_failed")
+                    self._fail_all(f"the engine failed: {type(error).__name__}: {error}")
+                    return _EXIT_ENGINE_FAILED
+
+    def _take(self) -> ToWorker | None:
+        """The next command; waits for one when there is nothing to compute."""
+        if not self._engine.streams:
+            return self._inbox.get()
+        try:
+            return self._inbox.get_nowait()
+        except Empty:
+            return None
+
+    def _obey(self, command: ToWorker) -> int | None:
+        match command:
+            case Load():
+                return self._load(command)
+            case Generate():
+                self._submit(command)
+            case Cancel():
+                self._engine.cancel(command.request_id)
+                self._live.discard(command.request_id)
+                self._note()
+            case Shutdown():
+                self._fail_all("the model is being unloaded")
+                self._engine.close()
+                self._link.send(Bye(reason=command.reason))
+                return 0
+            case Welcome() | GetStats():
+                pass  # the socket thread has dealt with them
+            case _:
+                assert_never(command)
+        return None
+
+    def _load(self, command: Load) -> int | None:
+        if self._loaded:
+            self._link.send(LoadFailed(code=ErrorCode.INTERNAL, message="this worker already has a model"))
+            return _EXIT_LOAD_FAILED
+        try:
+            facts = self._engine.load(command, lambda s, f: self._link.send(Loading(stage=s, fraction=f)))
+        except Exception as error:
+            log.exception("event=load_failed model=%s", command.model)
+            text = error.message if isinstance(error, MlxRouterError) else f"{type(error).__name__}: {error}"
+            code = error.code if isinstance(error, MlxRouterError) else ErrorCode.LOAD_FAILED
+            self._link.send(LoadFailed(code=code, message=text))
+            return _EXIT_LOAD_FAILED
+        self._loaded = True
+        self._progress.reading = self._engine.reading()
+        self._link.send(Ready(facts=facts))
+        return None
+
+    def _submit(self, command: Generate) -> None:
+        try:
+            if not self._loaded:
+                raise EngineFailed("this worker has no model")
+            events = self._engine.submit(command.request_id, command.request)
+        except MlxRouterError as error:
+            events = [Failure(code=error.code, message=error.message, param=error.param)]
+        except Exception as error:
+            log.exception("event=submit_failed request=%s", command.request_id)
+            events = [Failure(code=ErrorCode.ENGINE_FAILED, message=f"{type(error).__name__}: {error}")]
+        else:
+            self._live.add(command.request_id)
+        if not self._progress.streams:
+            self._progress.moved_at = time.monotonic()
+        self._note()
+        self._send([StreamEvents(request_id=command.request_id, events=events)])
+
+    def _step(self) -> None:
+        streams = self._engine.step()
+        self._progress.steps += 1
+        self._progress.moved_at = time.monotonic()
+        if self._progress.steps % _READ_MEMORY_EVERY == 0 or not self._engine.streams:
+            self._progress.reading = self._engine.reading()
+        self._note()
+        if streams:
+            self._send(streams)
+
+    def _note(self) -> None:
+        self._progress.streams = self._engine.streams
+
+    def _send(self, streams: list[StreamEvents]) -> None:
+        for stream in streams:
+            if stream.events and isinstance(stream.events[-1], Finish | Failure):
+                self._live.discard(stream.request_id)
+        self._link.send(Step(number=self._progress.steps, streams=streams))
+
+    def _fail_all(self, message: str) -> None:
+        self._progress.reading = EngineReading()
+        if self._live:
+            failure = Failure(code=ErrorCode.ENGINE_FAILED, message=message)
+            self._send([StreamEvents(request_id=r, events=[failure]) for r in sorted(self._live)])

@@ -1,0 +1,104 @@
+"""The life of a worker process: read the bootstrap line, watch the parent, import the engine, say hello, compute.
+
+Three threads: main computes, ``link`` owns the socket, ``parent`` waits for the end of standard input. The router
+holds the other end of that pipe and writes nothing more to it, so the end of file means that the router is gone,
+however it died, on every platform.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from queue import SimpleQueue
+from typing import Any, cast
+
+import psutil
+from mlx_router_shared.codec import decode_bootstrap
+from mlx_router_shared.errors import ProtocolError
+from mlx_router_shared.protocol import PROTOCOL_VERSION, Hello, Shutdown, ToWorker
+
+from mlx_router_worker.engine import Engine
+from mlx_router_worker.link import Link, Progress
+from mlx_router_worker.loop import ComputeLoop
+
+__all__ = ["main"]
+
+log = logging.getLogger(__name__)
+
+_ENGINES = {
+    "mlx": ("mlx_router_worker.mlx_engine", "MlxEngine"),
+    "fake": ("mlx_router_worker.fake_engine", "FakeEngine"),
+}
+_EXIT_USAGE = 2
+_EXIT_ORPHANED = 6
+_ORPHAN_GRACE_SECONDS = 1.0
+
+
+def main() -> None:
+    """Run a worker for the router at the other end of standard input; the process ends here."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    # A terminal's ctrl-C is for the router, which then ends its workers in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        bootstrap = decode_bootstrap(sys.stdin.buffer.readline(65536))
+        module, name = _ENGINES[bootstrap.engine]
+    except (ProtocolError, KeyError) as error:
+        print(f"mlx_router_worker is started by mlx-router, not by hand ({error})", file=sys.stderr)
+        sys.exit(_EXIT_USAGE)
+    inbox: SimpleQueue[ToWorker] = SimpleQueue()
+    threading.Thread(target=_watch_parent, args=(inbox,), name="parent", daemon=True).start()
+    progress = Progress()
+    link = Link(bootstrap.endpoint, bootstrap.worker_id, inbox, progress)
+    # Only the engine that is wanted is imported: the fake one must not cost a second of mlx.
+    engine = cast(Engine, cast(Any, import_module(module)).__dict__[name](link.send_bytes))
+    signal.signal(signal.SIGTERM, lambda *_: _terminate(link, inbox))
+    link.start()
+    link.send(
+        Hello(
+            protocol_version=PROTOCOL_VERSION,
+            pid=os.getpid(),
+            token=bootstrap.token,
+            engine=bootstrap.engine,
+            import_seconds=time.time() - psutil.Process().create_time(),
+            versions=_versions(),
+            working_set_bytes=getattr(engine, "working_set_bytes", 0),
+        )
+    )
+    status = ComputeLoop(engine, link, inbox, progress).run()
+    link.close()
+    # Interpreter shutdown would run destructors in an order that MLX's threads do not like, and nothing is left to do.
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _terminate(link: Link, inbox: SimpleQueue[ToWorker]) -> None:
+    """The first request to leave is carried out in order; TERM on top of it means that order took too long."""
+    if link.shutdown_requested.is_set():
+        os._exit(128 + signal.SIGTERM)
+    link.shutdown_requested.set()
+    inbox.put(Shutdown(reason="SIGTERM"))
+
+
+def _watch_parent(inbox: SimpleQueue[ToWorker]) -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    inbox.put(Shutdown(reason="the router is gone"))
+    time.sleep(_ORPHAN_GRACE_SECONDS)
+    os._exit(_EXIT_ORPHANED)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in ("mlx", "mlx-lm", "mlx-router-server"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
