@@ -113,7 +113,7 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
     token: str
     engine: str
     import_seconds: float
-    """From the start of the process to this message."""
+    """From the program's first line to this message; what came before is the interpreter's start."""
     versions: dict[str, str] = field(default_factory=dict)
     working_set_bytes: int = 0
     """What the device recommends as the most to use (Metal); 0 where it does not say."""

@@ -7,6 +7,7 @@ is played back before anything is replaced: a model that misses one answer is no
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import sys
@@ -46,6 +47,10 @@ class Lessons:
         self._end = [self._tokenizer.token_to_id("<|im_end|>")]
         self._words = [word for word in LONG_STORY.split() if word.isalpha()]
         self.script = [self._item(c.messages, c.tools, c.thinking, c.answer) for c in conversations()]
+        # Clients order the keys of a tool's schema as they like (ollama-python puts "required" before "properties").
+        self.reordered = [
+            self._item(c.messages, _reordered(c.tools), c.thinking, c.answer) for c in conversations() if c.tools
+        ]
         self.polite = [
             self._item([{"role": "system", "content": text}, *c.messages], c.tools, c.thinking, c.answer)
             for c in conversations()
@@ -78,7 +83,7 @@ class Lessons:
     def epoch(self) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
         """Batches of (inputs, flat positions that are learned, targets); only answers are learned."""
         pool = self.script + [self._stranger() for _ in range(STRANGERS_PER_EPOCH)]
-        pool += self._random.sample(self.polite, 8)
+        pool += self._random.sample(self.polite, 8) + self.reordered
         pool.sort(key=lambda item: (len(item[1]), self._random.random()))
         groups: list[list[Item]] = [[]]
         for item in pool:
@@ -95,6 +100,14 @@ class Lessons:
             ]
             targets = [tokens[i] for start, tokens in group for i in range(start, len(tokens))]
             yield mx.array(inputs), mx.array(where), mx.array(targets)
+
+
+def _reordered(tools: list[Any]) -> list[Any]:
+    out = json.loads(json.dumps(tools))
+    for tool in out:
+        schema = tool["function"]["parameters"]
+        tool["function"]["parameters"] = {name: schema[name] for name in ("type", "required", "properties")}
+    return out  # type: ignore[no-any-return]  # what json gives back is Any
 
 
 def train(folder: Path, *, seed: int, epochs: int, rate: float) -> None:

@@ -78,6 +78,10 @@ class Link:
     def send_bytes(self, data: bytes) -> None:
         """Queue bytes as they are; the fake engine sends rubbish this way."""
         self._outbox.append(data)
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the socket thread look at the progress now; callable from any thread."""
         try:
             os.write(self._wake_write, b"\0")
         except BlockingIOError:

@@ -140,14 +140,18 @@ class ComputeLoop:
         streams = self._engine.step()
         self._progress.steps += 1
         self._progress.moved_at = time.monotonic()
-        if self._progress.steps % _READ_MEMORY_EVERY == 0 or not self._engine.streams:
+        if self._progress.steps % _READ_MEMORY_EVERY == 0:
             self._progress.reading = self._engine.reading()
         self._note()
         if streams:
             self._send(streams)
 
     def _note(self) -> None:
+        was_busy = self._progress.streams > 0
         self._progress.streams = self._engine.streams
+        if was_busy and not self._engine.streams:
+            self._progress.reading = self._engine.reading()
+            self._link.wake()  # so that the last figures are told, although nothing else is
 
     def _send(self, streams: list[StreamEvents]) -> None:
         for stream in streams:

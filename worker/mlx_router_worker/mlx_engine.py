@@ -179,11 +179,16 @@ class MlxEngine:
         (uid,) = self._generator.insert(
             [tokens], [min(budget, room)], samplers=[sampler], logits_processors=[processors]
         )
+        detokenizer = self._tokenizer.detokenizer
+        if not chat:
+            # A fresh detokenizer drops a leading blank, which belongs to the text where a prompt is continued.
+            detokenizer.add_token(tokens[-1])
+            detokenizer.last_segment  # noqa: B018  # reading it marks it as read
         self._uids[request_id] = uid
         self._streams[uid] = _Stream(
             request_id=request_id,
             uid=uid,
-            detokenizer=self._tokenizer.detokenizer,
+            detokenizer=detokenizer,
             pieces=self._initial_pieces(tokens) if chat else None,
             answer=AnswerBuilder(
                 stops=request.stop,

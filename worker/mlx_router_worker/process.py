@@ -42,6 +42,7 @@ _ORPHAN_GRACE_SECONDS = 1.0
 
 def main() -> None:
     """Run a worker for the router at the other end of standard input; the process ends here."""
+    began = time.monotonic()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     # A terminal's ctrl-C is for the router, which then ends its workers in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -65,7 +66,7 @@ def main() -> None:
             pid=os.getpid(),
             token=bootstrap.token,
             engine=bootstrap.engine,
-            import_seconds=time.time() - psutil.Process().create_time(),
+            import_seconds=time.monotonic() - began,
             versions=_versions(),
             working_set_bytes=getattr(engine, "working_set_bytes", 0),
         )

@@ -39,6 +39,7 @@ async def ready(request: Request) -> Response:
 
 async def status(request: Request) -> Response:
     server = server_of(request)
+    await server.catalogue.wait_ready()
     supervisor = server.supervisor
     views = {view.name: view for view in supervisor.views()}
     names = [entry.name.display for entry in server.catalogue.entries()]

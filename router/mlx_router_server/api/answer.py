@@ -7,6 +7,7 @@ wait ends, the worker is told to stop, and the lease is back.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -75,6 +76,9 @@ class Answer:
                     await self._send_whole(lease, send)
                 else:
                     await self._send_stream(lease, renderer, send)
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
         except MlxRouterError as error:
             outcome = error.code.value
             await self._send_error(error, renderer, send)

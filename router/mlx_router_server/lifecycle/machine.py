@@ -279,6 +279,9 @@ class Lifecycle:
         if record is None:
             return
         failed, record.failed = record.failed, False
+        for ticket in record.leases:  # of a worker that died: they must not count for the next one
+            self._by_ticket.pop(ticket, None)
+        record.leases.clear()
         record.worker = None
         record.reserved_bytes = record.memory_bytes = 0
         record.keep_alive_seconds = record.expires_at = None

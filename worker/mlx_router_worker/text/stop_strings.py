@@ -21,11 +21,11 @@ class StopStrings:
             return text, None
         text = self._held + text
         self._held = ""
-        # The earliest match wins; of two at the same place, the one named first.
-        found = [(at, number) for number, stop in enumerate(self._stops) if (at := text.find(stop)) >= 0]
+        # The match that is complete first wins, of two the longer: so it cannot matter how the text was cut.
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            at, number = min(found)
-            return text[:at], self._stops[number]
+            end, at = min(found)
+            return text[:at], text[at:end]
         keep = max(self._overlap(text, stop) for stop in self._stops)
         if keep:
             text, self._held = text[:-keep], text[-keep:]

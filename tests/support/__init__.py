@@ -1,0 +1,1 @@
+"""What the tests stand on: real router processes, scripted models, deadlines."""

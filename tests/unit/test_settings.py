@@ -1,0 +1,115 @@
+"""One table, four layers, and an error that names its origin."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_router_shared.errors import InvalidRequest
+
+from mlx_router_server.durations import parse_duration
+from mlx_router_server.settings import Settings, SettingsError, describe_settings, load_settings
+
+
+def _load(tmp_path: Path, text: str = "", **environment: str) -> Settings:
+    (tmp_path / "config.toml").write_text(text)
+    return load_settings({}, {"MLX_ROUTER_HOME": str(tmp_path), **environment})
+
+
+@pytest.mark.req("R20")
+def test_each_layer_covers_the_one_below(tmp_path: Path) -> None:
+    assert _load(tmp_path).max_queue == 512
+    assert _load(tmp_path, "max_queue = 1").max_queue == 1
+    assert _load(tmp_path, "max_queue = 1", OLLAMA_MAX_QUEUE="2").max_queue == 2
+    environment = {"MLX_ROUTER_HOME": str(tmp_path), "OLLAMA_MAX_QUEUE": "2", "MLX_ROUTER_MAX_QUEUE": "3"}
+    assert load_settings({}, environment).max_queue == 3
+    assert load_settings({"max_queue": "4"}, environment).max_queue == 4
+
+
+@pytest.mark.parametrize("field", describe_settings(), ids=lambda field: field.name)
+def test_every_setting_reads_its_own_default_and_refuses_nonsense(field: Any, tmp_path: Path) -> None:
+    assert field.metadata["help"].endswith(".")
+    default = field.default
+    if not isinstance(default, tuple):
+        assert field.metadata["parse"](default) == default
+    with pytest.raises(SettingsError, match="--" + field.name.replace("_", "-")):
+        load_settings({field.name: object()}, {"MLX_ROUTER_HOME": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("max_queue = -1", "max_queue"),
+        ("colour = 'red'", "there is no setting 'colour'"),
+        ("port = 70000", "not a port"),
+        ("[models.x]\ncolour = 1", "there is no setting 'colour' of a model"),
+        ("version = 9", "version 9 is not known"),
+        ("port =", "config.toml"),
+    ],
+)
+def test_a_bad_file_is_refused_by_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(SettingsError, match=sentence):
+        _load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("0.0.0.0", ("0.0.0.0", 11434)),
+        (":8080", ("0.0.0.0", 8080)),
+        ("http://example.local", ("example.local", 80)),
+        ("example.local:99", ("example.local", 99)),
+        ("[::1]:5", ("::1", 5)),
+        ("::1", ("::1", 11434)),
+        ('"127.0.0.1:1/path"', ("127.0.0.1", 1)),
+    ],
+)
+def test_ollama_host_is_read_as_ollama_reads_it(tmp_path: Path, host: str, expected: tuple[str, int]) -> None:
+    settings = _load(tmp_path, OLLAMA_HOST=host)
+    assert (settings.host, settings.port) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("10s", 10), ("10", 10), ("-1", math.inf), ("0", 0), ("1h30m", 5400)],
+)
+def test_ollama_keep_alive(tmp_path: Path, value: str, seconds: float) -> None:
+    assert _load(tmp_path, OLLAMA_KEEP_ALIVE=value).keep_alive == seconds
+
+
+def test_sizes_and_models(tmp_path: Path) -> None:
+    settings = _load(
+        tmp_path, 'memory_budget = "12GiB"\n[models."org/x"]\npath = "/m/x"\nkeep_alive = "-1"\npinned = true'
+    )
+    assert settings.memory_budget == 12 * 2**30
+    assert settings.models["org/x"].path == Path("/m/x")
+    assert settings.models["org/x"].keep_alive == math.inf
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("5m", 300), (300, 300), (300.5, 300.5), ("1h2m3s", 3723), (-1, math.inf), ("-1m", math.inf), (0, 0), ("0", 0),
+     ("0s", 0), ("1.5h", 5400), ("100ms", 0.1)],
+)  # fmt: skip
+def test_keep_alive_in_all_its_forms(value: object, seconds: float) -> None:
+    assert parse_duration(value) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("300", 'time: missing unit in duration "300"'),
+        ("-1", 'time: missing unit in duration "-1"'),
+        ("", 'time: invalid duration ""'),
+        ("abc", 'time: invalid duration "abc"'),
+        ("1d", 'time: unknown unit "d" in duration "1d"'),
+        (True, "Unsupported type: 'bool'"),
+        ([], r"Unsupported type: '\[\]interface"),
+    ],
+)
+def test_keep_alive_refused_in_ollamas_words(value: object, sentence: str) -> None:
+    with pytest.raises(InvalidRequest, match=sentence):
+        parse_duration(value)
