@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mlx_router_shared.errors import InvalidRequest
-
 from mlx_router_server.durations import parse_duration
+from mlx_router_shared.errors import InvalidRequest
 
 __all__ = [
     "CONFIG_VERSION",

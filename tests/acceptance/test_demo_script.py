@@ -12,7 +12,6 @@ import openai
 import pytest
 
 from mlx_router_server.cli.client import ApiError
-
 from tests.support.router import RouterProcess
 from tests.tiny_models.script import FALLBACK, GREETING, LONG_STORY, WEATHER_TOOL, Conversation, conversations
 
@@ -145,8 +144,8 @@ def test_sampling_with_a_seed_repeats_itself(ollama_client: Any) -> None:
     assert ollama_client.generate("demo", "hi", options=options).response == first
     with ThreadPoolExecutor(4) as pool:
         seeds = range(20, 24)
-        others = list(pool.map(
-            lambda seed: ollama_client.generate("demo", "hi", options={**options, "seed": seed}).response, seeds))  # fmt: skip
+        answers = pool.map(lambda seed: ollama_client.generate("demo", "hi", options={**options, "seed": seed}), seeds)
+        others = [answer.response for answer in answers]
     assert len({first, *others}) == 5
 
 

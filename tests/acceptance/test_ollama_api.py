@@ -212,8 +212,8 @@ def test_t063_to_t071_generate(demo_router: RouterProcess) -> None:
     assert all(isinstance(last[name], int) and last[name] > 0 for name in metrics)
     spent = last["load_duration"] + last["prompt_eval_duration"] + last["eval_duration"]
     assert last["total_duration"] * 1.05 >= spent
-    short = call(demo_router, "POST", "/api/generate",
-                 {"model": "demo", "prompt": "hi", "stream": False, "options": {"num_predict": 3.9}}).json()  # fmt: skip
+    cut = {"model": "demo", "prompt": "hi", "stream": False, "options": {"num_predict": 3.9}}
+    short = call(demo_router, "POST", "/api/generate", cut).json()
     assert (short["done_reason"], short["eval_count"]) == ("length", 3)
 
 

@@ -58,11 +58,12 @@ def _frames(data: bytes) -> list[Any]:
         (_body(reasoning_effort="bogus"), 400, "reasoning_effort", "invalid reasoning value"),
         (_body(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]), 400,
          "messages[0].content[0]", "does not support images"),
-        (_body(messages=[{"role": "user", "content": [{"type": "x"}]}]), 400, "messages[0].content[0]", "invalid message format"),
+        (_body(messages=[{"role": "user", "content": [{"type": "x"}]}]), 400, "messages[0].content[0]",
+         "invalid message format"),
         (_body(audio={"voice": "x"}), 400, "modalities", "text only"),
         (_body(keep_alive="5 parsecs"), 400, "keep_alive", "time:"),
         (_body(options={"top_k": "x"}), 400, "options.top_k", "integer"),
-        (_body(messages=[{"role": "user", "content": "word " * 5000}]), 400, None, "exceeds the model's maximum context"),
+        (_body(messages=[{"role": "user", "content": "word " * 5000}]), 400, None, "exceeds the model's maximum"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_openais_shape(

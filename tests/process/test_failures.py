@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
 import pytest
 
 from mlx_router_server.cli.client import ApiError
-
 from tests.support.fakes import fake_config
-from tests.support.router import RouterProcess, running_router, wait_until
+from tests.support.router import RouterProcess, running_router, still_alive, wait_until
 
 _SLOW = {"tokens": 1000, "tokens_per_second": 100}
 
@@ -87,8 +85,7 @@ def test_when_the_router_is_killed_its_workers_leave(home: Path) -> None:
     assert len(workers) == 1
     router.process.kill()
     router.process.wait(5)
-    _, alive = psutil.wait_procs(workers, timeout=2)
-    assert alive == []
+    wait_until(lambda: not still_alive(workers), "the workers have left", 2)
     assert router.stop() == -signal.SIGKILL
     stream.close()
     left = glob.glob("/tmp/mlxr-*")
@@ -211,7 +208,7 @@ def test_sigterm_lets_running_streams_finish_and_leaves_nothing(home: Path) -> N
     router.process.terminate()
     assert list(stream)[-1]["eval_count"] == 80
     assert router.process.wait(20) == -signal.SIGTERM
-    assert not any(worker.is_running() for worker in workers)
+    assert still_alive(workers) == []
     router.stop()
 
 

@@ -20,7 +20,7 @@ import psutil
 
 from mlx_router_server.cli.client import Client
 
-__all__ = ["DEADLINE", "RouterProcess", "running_router", "wait_until", "write_config"]
+__all__ = ["DEADLINE", "RouterProcess", "running_router", "still_alive", "wait_until", "write_config"]
 
 DEADLINE = 30.0
 
@@ -33,6 +33,18 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLIN
             raise AssertionError(f"not within {seconds} s: {what}")
         time.sleep(0.01)
     return value
+
+
+def still_alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that hold anything yet; a zombie does not, its parent (init, for orphans) has only not looked."""
+    alive = []
+    for process in processes:
+        try:
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return alive
 
 
 class RouterProcess:
@@ -127,7 +139,7 @@ class RouterProcess:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 raise AssertionError(f"the router did not end; log:\n{self.log}") from None
-            alive = [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+            alive = still_alive(children)
             assert not alive, f"left behind: {alive}; log:\n{self.log}"
         self._reader.join(DEADLINE)
         assert self.process.stderr is not None

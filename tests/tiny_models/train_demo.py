@@ -107,7 +107,7 @@ def _reordered(tools: list[Any]) -> list[Any]:
     for tool in out:
         schema = tool["function"]["parameters"]
         tool["function"]["parameters"] = {name: schema[name] for name in ("type", "required", "properties")}
-    return out  # type: ignore[no-any-return]  # what json gives back is Any
+    return out
 
 
 def train(folder: Path, *, seed: int, epochs: int, rate: float) -> None:

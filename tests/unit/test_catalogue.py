@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from mlx_router_shared.errors import ModelNotFound
-
 from mlx_router_server.catalogue.architectures import servable_architectures
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER, Catalogue, Registered, Sources
 from mlx_router_server.catalogue.discovery import discover_hub, hub_cache
 from mlx_router_server.catalogue.entry import Capability
 from mlx_router_server.catalogue.inspect import NotServable, inspect_folder
+from mlx_router_shared.errors import ModelNotFound
 
 
 def write_model(folder: Path, config: dict[str, Any] | None = None, **files: str) -> Path:
@@ -70,8 +69,8 @@ def test_what_cannot_be_served_says_why(tmp_path: Path, config: dict[str, Any], 
 @pytest.mark.req("R28")
 def test_an_unfinished_download_is_not_served(tmp_path: Path) -> None:
     index = json.dumps({"weight_map": {"w": "model.safetensors", "x": "model-2.safetensors"}})
-    folder = write_model(tmp_path / "m", **{"model.safetensors.index_json": index})
-    with pytest.raises(NotServable, match="model-2.safetensors is missing"):
+    folder = write_model(tmp_path / "m", None, **{"model.safetensors.index_json": index})
+    with pytest.raises(NotServable, match=r"model-2\.safetensors is missing"):
         inspect_folder(folder)
 
 
@@ -96,7 +95,7 @@ def test_hostile_json_is_a_reason_and_not_an_exception(tmp_path: Path) -> None:
 def test_the_name_is_no_evidence(tmp_path: Path) -> None:
     chat = inspect_folder(write_model(tmp_path / "chat-embed-tuned"))
     assert chat.capabilities == {Capability.COMPLETION}
-    embedding = inspect_folder(write_model(tmp_path / "plain", **{"1_Pooling__config_json": "{}"}))
+    embedding = inspect_folder(write_model(tmp_path / "plain", None, **{"1_Pooling__config_json": "{}"}))
     assert embedding.capabilities == {Capability.EMBEDDING}
 
 

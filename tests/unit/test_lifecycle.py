@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from mlx_router_shared.errors import LoadFailed, MlxRouterError, WorkerDied
-
 from mlx_router_server.lifecycle.backoff import FAILURES_BEFORE_GIVING_UP, pause_after
 from mlx_router_server.lifecycle.events import (
     CancelStreams,
@@ -33,6 +31,7 @@ from mlx_router_server.lifecycle.events import (
 )
 from mlx_router_server.lifecycle.machine import Lifecycle, Limits
 from mlx_router_server.lifecycle.states import TRANSITIONS, IllegalTransition, State, check_transition
+from mlx_router_shared.errors import LoadFailed, MlxRouterError, WorkerDied
 
 
 class Bench:

@@ -12,8 +12,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mlx_router_shared.errors import LoadFailed, WorkerDied
-
 from mlx_router_server.lifecycle.events import (
     CancelStreams,
     Event,
@@ -34,6 +32,7 @@ from mlx_router_server.lifecycle.events import (
 )
 from mlx_router_server.lifecycle.machine import Lifecycle, Limits
 from mlx_router_server.lifecycle.states import HOLDS_MEMORY, State
+from mlx_router_shared.errors import LoadFailed, WorkerDied
 
 _SIZES = {"a": 30, "b": 50, "c": 60, "d": 90, "huge": 200}
 _BUDGET = 100
@@ -212,4 +211,3 @@ class World(RuleBasedStateMachine):
 
 TestWorld = World.TestCase
 TestWorld.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
-TestWorld.pytestmark = []

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_router_shared.errors import InvalidRequest
-
 from mlx_router_server.catalogue.names import parse_name
+from mlx_router_shared.errors import InvalidRequest
 
 
 @pytest.mark.req("R4")

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from mlx_router_shared.errors import InvalidRequest
-
 from mlx_router_server.durations import parse_duration
 from mlx_router_server.settings import Settings, SettingsError, describe_settings, load_settings
+from mlx_router_shared.errors import InvalidRequest
 
 
 def _load(tmp_path: Path, text: str = "", **environment: str) -> Settings:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+
 from mlx_router_shared.errors import ContextLengthExceeded, LoadFailed
 from mlx_router_shared.generation import (
     Event,
@@ -26,7 +27,6 @@ from mlx_router_shared.generation import (
     Usage,
 )
 from mlx_router_shared.protocol import Load, ModelFacts
-
 from mlx_router_worker.engine import EngineReading, Report
 
 __all__ = ["FakeEngine", "FakeScript"]

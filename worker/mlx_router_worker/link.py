@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import zmq
+
 from mlx_router_shared.codec import MAX_MESSAGE_BYTES, decode_to_worker, encode
 from mlx_router_shared.errors import ProtocolError
 from mlx_router_shared.protocol import FromWorker, GetStats, Shutdown, Stats, ToWorker, Welcome
-
 from mlx_router_worker.engine import EngineReading
 
 __all__ = ["Link", "Progress"]

@@ -32,7 +32,6 @@ from mlx_router_shared.protocol import (
     ToWorker,
     Welcome,
 )
-
 from mlx_router_worker.engine import Engine, EngineReading
 from mlx_router_worker.link import Link, Progress
 

@@ -22,6 +22,7 @@ from mlx_lm.generate import BatchGenerator, TextStateMachine, make_text_state_ma
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, greedy_sampler, make_logits_processors
 from mlx_lm.utils import load_model, load_tokenizer
+
 from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, LoadFailed, UnsupportedCapability
 from mlx_router_shared.generation import (
     Event,
@@ -36,7 +37,6 @@ from mlx_router_shared.generation import (
     Usage,
 )
 from mlx_router_shared.protocol import Load, ModelFacts
-
 from mlx_router_worker.engine import EngineReading, Report
 from mlx_router_worker.text.answer import AnswerBuilder
 from mlx_router_worker.text.prompt import drop_oldest, merge_system, template_messages, template_tools

@@ -18,11 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from queue import SimpleQueue
 from typing import Any, cast
 
-import psutil
 from mlx_router_shared.codec import decode_bootstrap
 from mlx_router_shared.errors import ProtocolError
 from mlx_router_shared.protocol import PROTOCOL_VERSION, Hello, Shutdown, ToWorker
-
 from mlx_router_worker.engine import Engine
 from mlx_router_worker.link import Link, Progress
 from mlx_router_worker.loop import ComputeLoop

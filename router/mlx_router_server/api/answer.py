@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from mlx_router_shared.errors import EngineFailed, MlxRouterError, error_from_code
-from mlx_router_shared.generation import Event, Failure, ToolCallDelta
 from starlette.types import Receive, Scope, Send
 
 from mlx_router_server.api.disconnect import ClientLeft, unless_client_leaves
@@ -25,6 +23,8 @@ from mlx_router_server.api.server import Door
 from mlx_router_server.dialects.call import Call, Moment, StreamRenderer, Transcript
 from mlx_router_server.dialects.statuses import retry_after, status_of
 from mlx_router_server.workers.supervisor import Lease, LoadPlan
+from mlx_router_shared.errors import EngineFailed, MlxRouterError, error_from_code
+from mlx_router_shared.generation import Event, Failure, ToolCallDelta
 
 __all__ = ["Answer", "AnswerStyle", "load_only"]
 

@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 import msgspec
-from mlx_router_shared.errors import InvalidRequest, MlxRouterError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -16,6 +15,7 @@ from mlx_router_server.api.disconnect import ClientLeft
 from mlx_router_server.api.server import BodyTooLarge
 from mlx_router_server.dialects import ollama_answers, openai_answers
 from mlx_router_server.dialects.statuses import retry_after, status_of
+from mlx_router_shared.errors import InvalidRequest, MlxRouterError
 
 __all__ = ["install"]
 

@@ -7,7 +7,6 @@ import time
 from typing import Any, Final, Literal
 
 import msgspec
-from mlx_router_shared.errors import InvalidRequest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -21,6 +20,7 @@ from mlx_router_server.dialects import ollama_answers as answers
 from mlx_router_server.dialects.ollama_requests import GenerateCall, parse_chat, parse_generate, parse_show
 from mlx_router_server.lifecycle.record import ModelView
 from mlx_router_server.lifecycle.states import State
+from mlx_router_shared.errors import InvalidRequest
 
 __all__ = ["OLLAMA_VERSION", "routes"]
 

@@ -6,7 +6,6 @@ import secrets
 from typing import Any, Literal
 
 import msgspec
-from mlx_router_shared.errors import InvalidRequest
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -17,6 +16,7 @@ from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.dialects import openai_answers as answers
 from mlx_router_server.dialects.call import Call
 from mlx_router_server.dialects.openai_requests import parse_chat_completion, parse_completion
+from mlx_router_shared.errors import InvalidRequest
 
 __all__ = ["routes"]
 

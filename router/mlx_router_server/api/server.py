@@ -7,7 +7,6 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from mlx_router_shared.errors import InvalidRequest, ModelNotFound, UnsupportedCapability
 from starlette.requests import Request
 
 from mlx_router_server.catalogue.catalogue import Catalogue
@@ -19,6 +18,7 @@ from mlx_router_server.lifecycle.record import ModelView
 from mlx_router_server.lifecycle.states import State
 from mlx_router_server.settings import ModelSettings, Settings
 from mlx_router_server.workers.supervisor import Lease, LoadPlan, Supervisor
+from mlx_router_shared.errors import InvalidRequest, ModelNotFound, UnsupportedCapability
 
 __all__ = ["MAX_BODY_BYTES", "BodyTooLarge", "Door", "Server", "read_body", "server_of"]
 

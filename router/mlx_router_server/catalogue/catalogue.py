@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFound
-
 from mlx_router_server.catalogue.discovery import Found, discover_folders, discover_hub
 from mlx_router_server.catalogue.entry import ModelEntry, ModelFiles
 from mlx_router_server.catalogue.inspect import NotServable, inspect_folder
 from mlx_router_server.catalogue.names import parse_name
+from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFound
 
 __all__ = ["DEMO_FOLDER", "Catalogue", "Registered", "Sources"]
 

@@ -20,6 +20,7 @@ from mlx_router_server.version import __version__
 __all__ = ["list_models", "load", "ps", "show", "status", "stop", "unload", "version"]
 
 _NOT_RUNNING = ("unloaded", "backoff", "failed")
+_POLL_SECONDS = 0.02
 
 
 def _print_json(data: Any) -> int:
@@ -145,7 +146,8 @@ def stop(options: argparse.Namespace, settings: Settings) -> int:
         return 1
     limit = settings.drain_timeout_seconds + settings.stop_timeout_seconds + 20
     began = time.monotonic()
-    _, alive = psutil.wait_procs(processes, timeout=limit)
+    while (alive := [process for process in processes if _lives(process)]) and time.monotonic() - began < limit:
+        time.sleep(_POLL_SECONDS)  # they are not our children: there is nothing to wait on
     if alive:
         left = ", ".join(str(process.pid) for process in alive)
         print(f"mlx-router: still running after {limit:.0f} s: pid {left}", file=sys.stderr)
@@ -162,6 +164,14 @@ def _processes(pids: list[int]) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+def _lives(process: psutil.Process) -> bool:
+    """A zombie has given everything back; only its parent has not looked yet."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def version(options: argparse.Namespace, settings: Settings) -> int:

@@ -11,7 +11,8 @@ from mlx_router_server.settings import Settings
 
 __all__ = ["run"]
 
-_DIM, _PLAIN = "\033[2m", "\033[0m"
+_DIM = "\033[2m"
+_PLAIN = "\033[0m"
 _HELP = """\
   /clear          forget the conversation
   /show           what is known of the model

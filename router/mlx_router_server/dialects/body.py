@@ -10,6 +10,7 @@ import re
 from typing import Any, Final, TypeVar
 
 import msgspec
+
 from mlx_router_shared.errors import InvalidRequest
 
 __all__ = ["convert", "read_object", "without_nulls"]

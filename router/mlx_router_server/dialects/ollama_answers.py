@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 import msgspec
+
+from mlx_router_server.dialects.call import Moment, Transcript
 from mlx_router_shared.errors import MlxRouterError
 from mlx_router_shared.generation import (
     Event,
@@ -21,8 +23,6 @@ from mlx_router_shared.generation import (
     ToolCallDelta,
     Usage,
 )
-
-from mlx_router_server.dialects.call import Moment, Transcript
 
 __all__ = [
     "OllamaStream",

@@ -7,14 +7,14 @@ import binascii
 from typing import Any, Final
 
 import msgspec
-from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
-from mlx_router_shared.generation import GenerationRequest, Message, Role, Tool, ToolCall
 from msgspec import Struct, field
 
 from mlx_router_server.dialects.body import convert, read_object, without_nulls
 from mlx_router_server.dialects.call import Call, Needs
 from mlx_router_server.dialects.options import OLLAMA_DEFAULTS, Options, parse_options
 from mlx_router_server.durations import parse_duration
+from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
+from mlx_router_shared.generation import GenerationRequest, Message, Role, Tool, ToolCall
 
 __all__ = ["GenerateCall", "parse_chat", "parse_generate", "parse_show", "read_tools"]
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any, Final, Literal
 
 import msgspec
+
+from mlx_router_server.dialects.call import Moment, Transcript
+from mlx_router_server.dialects.statuses import status_of
 from mlx_router_shared.errors import ErrorCode, MlxRouterError
 from mlx_router_shared.generation import (
     Event,
@@ -17,9 +20,6 @@ from mlx_router_shared.generation import (
     ToolCallDelta,
     Usage,
 )
-
-from mlx_router_server.dialects.call import Moment, Transcript
-from mlx_router_server.dialects.statuses import status_of
 
 __all__ = ["OpenAIStream", "error_body", "render_answer"]
 

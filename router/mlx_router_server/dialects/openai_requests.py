@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
-from mlx_router_shared.generation import GenerationRequest, Message, Role, Sampling, Tool, ToolCall
 from msgspec import Struct, field
 
 from mlx_router_server.dialects.body import convert, read_object, without_nulls
@@ -13,6 +11,8 @@ from mlx_router_server.dialects.call import Call, Needs
 from mlx_router_server.dialects.ollama_requests import read_tools
 from mlx_router_server.dialects.options import Options, parse_options
 from mlx_router_server.durations import parse_duration
+from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
+from mlx_router_shared.generation import GenerationRequest, Message, Role, Sampling, Tool, ToolCall
 
 __all__ = ["OPENAI_DEFAULTS", "parse_chat_completion", "parse_completion"]
 

@@ -11,17 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
-from mlx_router_shared.errors import (
-    BackingOff,
-    MemoryPinned,
-    MlxRouterError,
-    ModelTooLarge,
-    Overloaded,
-    ShuttingDown,
-    Unavailable,
-    WaitedTooLong,
-)
-
 from mlx_router_server.lifecycle.admission import (
     Admit,
     Blocked,
@@ -54,6 +43,16 @@ from mlx_router_server.lifecycle.events import (
 )
 from mlx_router_server.lifecycle.record import ModelRecord, ModelView, Waiter
 from mlx_router_server.lifecycle.states import HOLDS_MEMORY, State, check_transition
+from mlx_router_shared.errors import (
+    BackingOff,
+    MemoryPinned,
+    MlxRouterError,
+    ModelTooLarge,
+    Overloaded,
+    ShuttingDown,
+    Unavailable,
+    WaitedTooLong,
+)
 
 __all__ = ["Lifecycle", "Limits"]
 

@@ -13,6 +13,8 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Final, assert_never
 
+from mlx_router_server.workers.launcher import WorkerProcess
+from mlx_router_server.workers.link import WorkerLink
 from mlx_router_shared.errors import ErrorCode, LoadFailed, MlxRouterError, WorkerDied, error_from_code
 from mlx_router_shared.generation import Event, Failure, Finish, GenerationRequest
 from mlx_router_shared.protocol import (
@@ -31,9 +33,6 @@ from mlx_router_shared.protocol import (
     Step,
 )
 from mlx_router_shared.protocol import LoadFailed as LoadFailedMessage
-
-from mlx_router_server.workers.launcher import WorkerProcess
-from mlx_router_server.workers.link import WorkerLink
 
 __all__ = ["StopReport", "WorkerHandle"]
 

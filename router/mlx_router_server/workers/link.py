@@ -16,6 +16,7 @@ from typing import Any, Final, cast
 
 import zmq
 import zmq.asyncio
+
 from mlx_router_shared.codec import MAX_MESSAGE_BYTES, decode_from_worker, encode
 from mlx_router_shared.errors import ProtocolError, WorkerDied
 from mlx_router_shared.protocol import PROTOCOL_VERSION, FromWorker, Hello, ToWorker, Welcome

@@ -7,9 +7,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from mlx_router_shared.errors import MlxRouterError
-
 from mlx_router_server.workers.handle import WorkerHandle
+from mlx_router_shared.errors import MlxRouterError
 
 __all__ = ["StandbyPool"]
 

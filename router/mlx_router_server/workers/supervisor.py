@@ -16,10 +16,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, assert_never
 
-from mlx_router_shared.errors import MlxRouterError, ShuttingDown, WorkerDied
-from mlx_router_shared.generation import Event, GenerationRequest, ReasoningDelta, TextDelta, ToolCallDelta
-from mlx_router_shared.protocol import Bootstrap, Load, ModelFacts
-
 from mlx_router_server.lifecycle.events import (
     CancelStreams,
     Decided,
@@ -50,6 +46,9 @@ from mlx_router_server.workers.reclaim import reclaim
 from mlx_router_server.workers.run_directory import RunDirectory
 from mlx_router_server.workers.standby import StandbyPool
 from mlx_router_server.workers.timings import EvictionTimings, SwapTimings
+from mlx_router_shared.errors import MlxRouterError, ShuttingDown, WorkerDied
+from mlx_router_shared.generation import Event, GenerationRequest, ReasoningDelta, TextDelta, ToolCallDelta
+from mlx_router_shared.protocol import Bootstrap, Load, ModelFacts
 
 __all__ = ["Lease", "LoadPlan", "Supervisor", "SupervisorOptions", "WorkerView"]
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_router_shared.generation import Event, FinishReason, ReasoningDelta, TextDelta, ToolCallDelta
-
 from mlx_router_worker.text.stop_strings import StopStrings
 
 __all__ = ["AnswerBuilder", "ToolParser"]

@@ -1,0 +1,31 @@
+"""Every inference route loads a cold model and answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.meta.test_app import _INFERENCE
+from tests.support.fakes import fake_config
+from tests.support.router import running_router
+
+
+@pytest.mark.req("R1", "R2")
+@pytest.mark.parametrize("path", sorted(_INFERENCE))
+def test_a_cold_model_is_loaded_by_every_inference_route(home: Path, path: str) -> None:
+    with running_router(home, *fake_config(home, {"a": {"tokens": 2}})) as router:
+        body = {"model": "a", "prompt": "go", "messages": [{"role": "user", "content": "go"}], "stream": False}
+        assert "a:latest-1 a:latest-2 " in str(router.client.post(path, body))
+        assert router.model("a")["loads"] == 1
+
+
+@pytest.mark.req("R21")
+@pytest.mark.parametrize("path", sorted(_INFERENCE))
+def test_without_on_demand_a_cold_model_is_not_found(home: Path, path: str) -> None:
+    with running_router(home, *fake_config(home, {"a": {"tokens": 2}}, on_demand=False)) as router:
+        body = {"model": "a", "prompt": "go", "messages": [{"role": "user", "content": "go"}]}
+        with pytest.raises(Exception, match="on_demand is off"):
+            router.client.post(path, body)
+        assert router.client.get("/api/tags") == {"models": []}
+        assert router.children() == []

@@ -1,0 +1,91 @@
+"""Swaps between real models: the stream is whole, the process is gone, the memory is back."""
+
+from __future__ import annotations
+
+import glob
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlx_router_server.workers.memory import process_bytes
+from tests.support.router import RouterProcess, running_router
+
+_GREEDY = {"temperature": 0, "num_predict": 8}
+
+
+def _tree_bytes(router: RouterProcess) -> int:
+    return sum(process_bytes(process.pid) for process in [psutil.Process(router.pid), *router.children()])
+
+
+@pytest.mark.req("R10", "R12", "R15")
+@pytest.mark.timeout(120)
+def test_a_large_model_leaves_whole_for_a_small_one_and_its_stream_is_not_cut(
+    home: Path, large_models_dir: Path
+) -> None:
+    arguments = ["--models-dir", str(large_models_dir), "--max-loaded-models", "1", "--standby-workers", "0"]
+    with running_router(home, *arguments) as router:
+        router.generate("small", options=_GREEDY)
+        router.client.post("/admin/models/small/unload")
+        before = _tree_bytes(router)
+        alone = router.generate("large", options=_GREEDY)
+        pid = router.model("large")["pid"]
+        assert process_bytes(pid) > 900_000_000
+        stream = router.client.stream("/api/generate", {"model": "large", "prompt": "go", "options": _GREEDY})
+        text = next(stream)["response"]
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(router.generate, "small", options=_GREEDY)
+            router.wait_state("large", "draining")
+            parts = list(stream)
+            assert other.result(timeout=60)["eval_count"] == 8
+        assert text + "".join(part["response"] for part in parts) == alone["response"]
+        assert not psutil.pid_exists(pid)
+        swap = router.model("small")["last_swap"]
+        (eviction,) = swap["evictions"]
+        assert eviction["verdict"] == "returned"
+        assert eviction["rung"] == "shutdown"
+        assert eviction["held_bytes"] > 900_000_000
+        assert eviction["drain_seconds"] > 0
+        assert min(swap[f"{stage}_seconds"] for stage in ("import", "weights", "warm_up", "first_token")) > 0
+        assert any("event=unloaded model='large:latest'" in line for line in router.lines)
+        router.client.post("/admin/models/small/unload")
+        assert _tree_bytes(router) <= before * 1.01 + 5_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_twenty_swaps_between_8_mb_and_1_gb_leave_no_trace(home: Path, large_models_dir: Path) -> None:
+    arguments = ["--models-dir", str(large_models_dir), "--max-loaded-models", "1"]
+    with running_router(home, *arguments) as router:
+        _swap(router, ["small", "large"], 4)  # until every code path has been taken once
+        process = psutil.Process(router.pid)
+        memory, descriptors, sockets = process_bytes(router.pid), process.num_fds(), len(glob.glob("/tmp/mlxr-*"))
+        _swap(router, ["small", "large"], 20)
+        assert process_bytes(router.pid) - memory < 2_000_000
+        assert process.num_fds() <= descriptors
+        assert len(glob.glob("/tmp/mlxr-*")) == sockets
+        assert len(router.children()) <= 2  # the model's worker and the standby
+        assert router.status()["router"]["kill_incidents"] == 0
+        assert router.status()["router"]["stranded_incidents"] == 0
+
+
+def _swap(router: RouterProcess, names: list[str], times: int) -> None:
+    for number in range(times):
+        name = names[number % len(names)]
+        answer = router.generate(name, options={"temperature": 0, "num_predict": 2})
+        assert answer["model"] == name
+        loaded = [m["name"] for m in router.status()["models"] if m["state"] == "ready"]
+        assert loaded == [f"{name}:latest"]
+
+
+@pytest.mark.timeout(120)
+def test_swaps_of_small_models_keep_the_router_small(home: Path, models_dir: Path) -> None:
+    arguments = ["--models-dir", str(models_dir), "--max-loaded-models", "1"]
+    with running_router(home, *arguments) as router:
+        _swap(router, ["small", "other"], 2)
+        descriptors = psutil.Process(router.pid).num_fds()
+        memory = process_bytes(router.pid)
+        _swap(router, ["small", "other"], 6)
+        assert process_bytes(router.pid) - memory < 2_000_000
+        assert psutil.Process(router.pid).num_fds() <= descriptors
