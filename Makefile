@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Installed once with everything that development needs; repeated when the project file changes.
 
-.PHONY: help setup run test test-slow check lint types imports format bench demo-model clean
+.PHONY: docs help setup run test test-slow check lint types imports format bench demo-model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,3 +50,6 @@ demo-model: $(INSTALLED) ## train the bundled demo model anew (minutes)
 
 clean: ## remove what the other commands made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+docs: $(INSTALLED) ## render the parts of docs/ and configs/ that come from the code
+	$(BIN)/python -m tests.meta.render_docs

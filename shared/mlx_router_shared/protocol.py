@@ -32,6 +32,7 @@ __all__ = [
     "Step",
     "ToWorker",
     "Welcome",
+    "events_identity",
 ]
 
 PROTOCOL_VERSION: Final = 1
@@ -45,6 +46,11 @@ class Bootstrap(Struct, frozen=True, kw_only=True):
     token: str
     engine: str
     """The engine kind to import before saying hello: ``mlx`` or ``fake``."""
+
+
+def events_identity(worker_id: str) -> str:
+    """The identity of a worker's second socket, on which everything but ``Hello`` and ``Stats`` comes."""
+    return worker_id + ".events"
 
 
 # ---------------------------------------------------------------------------------------------- to the worker

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import signal
 import socket
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from mlx_router_server.cli.client import ApiError
@@ -83,14 +83,16 @@ def test_when_the_router_is_killed_its_workers_leave(home: Path) -> None:
     next(stream)
     workers = router.children()
     assert len(workers) == 1
+    (lock,) = [Path(file.path) for file in psutil.Process(router.pid).open_files() if file.path.endswith("/lock")]
     router.process.kill()
     router.process.wait(5)
     wait_until(lambda: not still_alive(workers), "the workers have left", 2)
     assert router.stop() == -signal.SIGKILL
     stream.close()
-    left = glob.glob("/tmp/mlxr-*")
-    with running_router(home, *fake_config(home, {"a": {}})):
-        assert not set(left) & set(glob.glob("/tmp/mlxr-*")), "the folder of the killed run is swept by the next"
+    assert lock.exists()
+    with running_router(home, *fake_config(home, {"a": {}})) as following:
+        following.generate("a")
+        assert not lock.parent.exists(), "the folder of the killed run is swept by the next"
 
 
 @pytest.mark.req("R14")

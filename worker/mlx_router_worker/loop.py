@@ -33,7 +33,7 @@ from mlx_router_shared.protocol import (
     Welcome,
 )
 from mlx_router_worker.engine import Engine, EngineReading
-from mlx_router_worker.link import Link, Progress
+from mlx_router_worker.link import Link, Outlet, Progress
 
 __all__ = ["ComputeLoop"]
 
@@ -47,8 +47,11 @@ _READ_MEMORY_EVERY = 32  # steps; a reading is cheap but not free
 class ComputeLoop:
     """Runs one engine for one router until it is told to stop."""
 
-    def __init__(self, engine: Engine, link: Link, inbox: SimpleQueue[ToWorker], progress: Progress) -> None:
+    def __init__(
+        self, engine: Engine, outlet: Outlet, link: Link, inbox: SimpleQueue[ToWorker], progress: Progress
+    ) -> None:
         self._engine = engine
+        self._outlet = outlet
         self._link = link
         self._inbox = inbox
         self._progress = progress
@@ -93,7 +96,7 @@ class ComputeLoop:
             case Shutdown():
                 self._fail_all("the model is being unloaded")
                 self._engine.close()
-                self._link.send(Bye(reason=command.reason))
+                self._outlet.send(Bye(reason=command.reason))
                 return 0
             case Welcome() | GetStats():
                 pass  # the socket thread has dealt with them
@@ -103,19 +106,19 @@ class ComputeLoop:
 
     def _load(self, command: Load) -> int | None:
         if self._loaded:
-            self._link.send(LoadFailed(code=ErrorCode.INTERNAL, message="this worker already has a model"))
+            self._outlet.send(LoadFailed(code=ErrorCode.INTERNAL, message="this worker already has a model"))
             return _EXIT_LOAD_FAILED
         try:
-            facts = self._engine.load(command, lambda s, f: self._link.send(Loading(stage=s, fraction=f)))
+            facts = self._engine.load(command, lambda s, f: self._outlet.send(Loading(stage=s, fraction=f)))
         except Exception as error:
             log.exception("event=load_failed model=%s", command.model)
             text = error.message if isinstance(error, MlxRouterError) else f"{type(error).__name__}: {error}"
             code = error.code if isinstance(error, MlxRouterError) else ErrorCode.LOAD_FAILED
-            self._link.send(LoadFailed(code=code, message=text))
+            self._outlet.send(LoadFailed(code=code, message=text))
             return _EXIT_LOAD_FAILED
         self._loaded = True
         self._progress.reading = self._engine.reading()
-        self._link.send(Ready(facts=facts))
+        self._outlet.send(Ready(facts=facts))
         return None
 
     def _submit(self, command: Generate) -> None:
@@ -156,7 +159,7 @@ class ComputeLoop:
         for stream in streams:
             if stream.events and isinstance(stream.events[-1], Finish | Failure):
                 self._live.discard(stream.request_id)
-        self._link.send(Step(number=self._progress.steps, streams=streams))
+        self._outlet.send(Step(number=self._progress.steps, streams=streams))
 
     def _fail_all(self, message: str) -> None:
         self._progress.reading = EngineReading()

@@ -167,6 +167,7 @@ class MlxEngine:
 
     def submit(self, request_id: str, request: GenerationRequest) -> list[Event]:
         assert self._generator is not None
+        started = time.perf_counter()
         chat = request.prompt is None and not request.prompt_tokens
         tokens, dropped = self._prompt(request, chat)
         context = min(self._context_tokens, request.context_tokens or self._context_tokens)
@@ -199,7 +200,7 @@ class MlxEngine:
             prompt_tokens=len(tokens),
             full_reason=FinishReason.LENGTH if budget <= room else FinishReason.CONTEXT,
             top_logprobs=request.top_logprobs,
-            started=time.perf_counter(),
+            started=started,
         )
         return [Started(prompt_tokens=len(tokens), dropped_messages=dropped)]
 

@@ -18,11 +18,13 @@ from importlib.metadata import PackageNotFoundError, version
 from queue import SimpleQueue
 from typing import Any, cast
 
+import zmq
+
 from mlx_router_shared.codec import decode_bootstrap
 from mlx_router_shared.errors import ProtocolError
 from mlx_router_shared.protocol import PROTOCOL_VERSION, Hello, Shutdown, ToWorker
 from mlx_router_worker.engine import Engine
-from mlx_router_worker.link import Link, Progress
+from mlx_router_worker.link import Link, Outlet, Progress
 from mlx_router_worker.loop import ComputeLoop
 
 __all__ = ["main"]
@@ -53,24 +55,26 @@ def main() -> None:
     inbox: SimpleQueue[ToWorker] = SimpleQueue()
     threading.Thread(target=_watch_parent, args=(inbox,), name="parent", daemon=True).start()
     progress = Progress()
-    link = Link(bootstrap.endpoint, bootstrap.worker_id, inbox, progress)
+    context = zmq.Context()
+    outlet = Outlet(context, bootstrap.endpoint, bootstrap.worker_id)
     # Only the engine that is wanted is imported: the fake one must not cost a second of mlx.
-    engine = cast(Engine, cast(Any, import_module(module)).__dict__[name](link.send_bytes))
+    engine = cast(Engine, cast(Any, import_module(module)).__dict__[name](outlet.send_bytes))
+    hello = Hello(
+        protocol_version=PROTOCOL_VERSION,
+        pid=os.getpid(),
+        token=bootstrap.token,
+        engine=bootstrap.engine,
+        import_seconds=time.monotonic() - began,
+        versions=_versions(),
+        working_set_bytes=getattr(engine, "working_set_bytes", 0),
+    )
+    link = Link(context, bootstrap.endpoint, hello, bootstrap.worker_id, inbox, progress)
     signal.signal(signal.SIGTERM, lambda *_: _terminate(link, inbox))
     link.start()
-    link.send(
-        Hello(
-            protocol_version=PROTOCOL_VERSION,
-            pid=os.getpid(),
-            token=bootstrap.token,
-            engine=bootstrap.engine,
-            import_seconds=time.monotonic() - began,
-            versions=_versions(),
-            working_set_bytes=getattr(engine, "working_set_bytes", 0),
-        )
-    )
-    status = ComputeLoop(engine, link, inbox, progress).run()
+    status = ComputeLoop(engine, outlet, link, inbox, progress).run()
+    outlet.close()
     link.close()
+    context.term()  # waits until the last message is out, for the linger time at most
     # Interpreter shutdown would run destructors in an order that MLX's threads do not like, and nothing is left to do.
     logging.shutdown()
     sys.stderr.flush()

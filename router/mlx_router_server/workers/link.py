@@ -19,7 +19,7 @@ import zmq.asyncio
 
 from mlx_router_shared.codec import MAX_MESSAGE_BYTES, decode_from_worker, encode
 from mlx_router_shared.errors import ProtocolError, WorkerDied
-from mlx_router_shared.protocol import PROTOCOL_VERSION, FromWorker, Hello, ToWorker, Welcome
+from mlx_router_shared.protocol import PROTOCOL_VERSION, FromWorker, Hello, ToWorker, Welcome, events_identity
 
 __all__ = ["WorkerLink"]
 
@@ -34,6 +34,7 @@ OnBroken = Callable[[str], None]
 
 @dataclass(slots=True)
 class _Peer:
+    worker_id: str
     token: str
     on_message: OnMessage
     on_broken: OnBroken
@@ -59,10 +60,12 @@ class WorkerLink:
 
     def expect(self, worker_id: str, token: str, on_message: OnMessage, on_broken: OnBroken) -> None:
         """Listen to this worker from now on. ``on_broken`` is called once if it talks nonsense."""
-        self._peers[worker_id.encode()] = _Peer(token, on_message, on_broken)
+        peer = _Peer(worker_id, token, on_message, on_broken)
+        self._peers[worker_id.encode()] = self._peers[events_identity(worker_id).encode()] = peer
 
     def forget(self, worker_id: str) -> None:
         self._peers.pop(worker_id.encode(), None)
+        self._peers.pop(events_identity(worker_id).encode(), None)
 
     def send(self, worker_id: str, message: ToWorker) -> None:
         """Hand a message to the socket; raises ``WorkerDied`` when the worker is not connected or does not read."""
@@ -85,7 +88,7 @@ class WorkerLink:
             if peer is None or len(frames) != 2:
                 self.late_messages += 1
                 continue
-            worker_id = frames[0].decode()
+            worker_id = peer.worker_id
             try:
                 message = decode_from_worker(frames[1])
                 if isinstance(message, Hello):

@@ -1,0 +1,157 @@
+"""Renders what the documents say of the code: `make docs` writes it, a test compares it.
+
+In docs/*.md the parts between ``<!-- rendered: NAME -->`` and ``<!-- end -->`` come from here, and the example
+configuration as a whole.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from pathlib import Path
+from typing import Any, get_args
+
+from mlx_router_server.lifecycle.states import TRANSITIONS, State
+from mlx_router_server.settings import CONFIG_VERSION, describe_settings
+from mlx_router_shared import generation, protocol
+
+__all__ = ["EXAMPLE", "ROOT", "main", "render", "rendered_documents"]
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "configs" / "mlx-router.example.toml"
+_PART = re.compile(r"(<!-- rendered: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _attribute_docs(kind: type) -> dict[str, str]:
+    """The strings that stand under the fields of a class."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(node, ast.ClassDef)
+    found, last = {}, ""
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            last = statement.target.id
+        elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            last = statement.targets[0].id
+        elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and last:
+            found[last] = inspect.cleandoc(str(statement.value.value)).replace("\n", " ")
+            last = ""
+    return found
+
+
+def _struct(kind: Any) -> str:
+    docs = _attribute_docs(kind)
+    tag = kind.__struct_config__.tag
+    lines = [f"### {kind.__name__}" + (f" (`{tag}`)" if tag else ""), "", inspect.cleandoc(kind.__doc__), ""]
+    if kind.__struct_fields__:
+        lines += ["| field | type | required | meaning |", "|---|---|---|---|"]
+        required = len(kind.__struct_fields__) - len(kind.__struct_defaults__)
+        names_with_default = set(kind.__struct_fields__[required:])
+        defaults = dict(zip(kind.__struct_fields__[required:], kind.__struct_defaults__, strict=True))
+        for name in kind.__struct_fields__:
+            annotation = str(kind.__annotations__[name]).replace("|", "\\|")
+            must = "no" if name in names_with_default and not _is_nodefault(defaults[name]) else "yes"
+            lines.append(f"| `{name}` | `{annotation}` | {must} | {docs.get(name, '')} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _is_nodefault(value: object) -> bool:
+    return type(value).__name__ == "NoDefault" or repr(value) == "NODEFAULT"
+
+
+def _structs(*kinds: Any) -> str:
+    return "\n".join(_struct(kind) for kind in kinds)
+
+
+def _states() -> str:
+    docs = _attribute_docs(State)
+    lines = ["```mermaid", "stateDiagram-v2", "    [*] --> unloaded"]
+    lines += [f"    {old} --> {new}: {why}" for old, news in TRANSITIONS.items() for new, why in news.items()]
+    lines += ["```", "", "| state | meaning |", "|---|---|"]
+    lines += [f"| `{state}` | {docs[state.name]} |" for state in State]
+    return "\n".join(lines) + "\n"
+
+
+def _value(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, tuple):
+        return str([str(part) for part in default]).replace("'", '"')
+    return (
+        f'"{default}"' if isinstance(default, str) else f"{default:g}" if isinstance(default, float) else str(default)
+    )
+
+
+def _settings() -> str:
+    lines = ["| setting | default | unit | Ollama's variable | meaning |", "|---|---|---|---|---|"]
+    for field in describe_settings():
+        meta = field.metadata
+        ollama = f"`{meta['ollama']}`" if meta["ollama"] else ""
+        lines.append(f"| `{field.name}` | `{_value(field.default)}` | {meta['unit']} | {ollama} | {meta['help']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _example() -> str:
+    lines = [
+        "# An example for mlx-router, with every setting at its default. Put it at ~/.config/mlx-router/config.toml",
+        "# (macOS: ~/Library/Application Support/mlx-router/config.toml) or name it with --config.",
+        "# Each setting is also a flag of `mlx-router start` and a variable: max_queue, --max-queue, MLX_ROUTER_MAX_QUEUE.",
+        "",
+        f"version = {CONFIG_VERSION}",
+        "",
+    ]
+    for field in describe_settings():
+        unit = f" ({field.metadata['unit']})" if field.metadata["unit"] else ""
+        lines += [f"# {field.metadata['help']}{unit}", f"{field.name} = {_value(field.default)}", ""]
+    lines += [
+        "# Models by name. Without `path` and `repo` the table is about a model that is found anyway.",
+        '# [models."assistant"]',
+        '# path = "/models/Qwen3-8B-4bit"   # a folder in MLX layout',
+        '# repo = "mlx-community/Qwen3-8B-4bit"   # or a repository of the Hugging Face cache',
+        '# aliases = ["qwen3:8b"]',
+        "# pinned = true   # never evicted for another model",
+        '# keep_alive = "30m"',
+        "# context_length = 16384",
+        '# memory = "9GB"   # instead of the estimate',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def render(name: str) -> str:
+    """The text of one rendered part."""
+    to_worker, from_worker = get_args(protocol.ToWorker), get_args(protocol.FromWorker)
+    parts = {
+        "to-worker": lambda: _structs(*to_worker),
+        "from-worker": lambda: _structs(*from_worker, protocol.ModelFacts),
+        "bootstrap": lambda: _structs(protocol.Bootstrap),
+        "events": lambda: _structs(generation.StreamEvents, *get_args(generation.Event), generation.TokenLogprob),
+        "request": lambda: _structs(
+            generation.GenerationRequest, generation.Message, generation.ToolCall, generation.Tool, generation.Sampling
+        ),
+        "states": _states,
+        "settings": _settings,
+    }
+    return parts[name]()
+
+
+def rendered_documents() -> dict[Path, str]:
+    """Every document with rendered parts, as it has to be."""
+    found = {EXAMPLE: _example()}
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        if _PART.search(text):
+            found[path] = _PART.sub(lambda match: f"{match[1]}{render(match[2])}{match[3]}", text)
+    return found
+
+
+def main() -> None:
+    for path, text in rendered_documents().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
