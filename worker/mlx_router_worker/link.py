@@ -122,6 +122,7 @@ class Link:
         poller.register(self._wake_read, zmq.POLLIN)
         interval = 0.0
         next_stats = 0.0
+        told_steps = 0
         busy = False
         while not self._closing.is_set():
             # With work on hand the thread wakes up for the next Stats; without, only for messages.
@@ -140,8 +141,10 @@ class Link:
                             self.shutdown_requested.set()
                             self._bound_exit(message.limit_seconds)
                         self._inbox.put(message)
-            was_busy, busy = busy, interval > 0 and self._progress.streams > 0
-            if (busy and time.monotonic() >= next_stats) or (was_busy and not busy):
+            busy = interval > 0 and self._progress.streams > 0
+            at_rest = interval > 0 and not busy and self._progress.steps != told_steps
+            if (busy and time.monotonic() >= next_stats) or at_rest:
+                told_steps = self._progress.steps
                 socket.send(encode(self._progress.stats()))
                 next_stats = time.monotonic() + interval
         socket.close()

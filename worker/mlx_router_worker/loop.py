@@ -11,6 +11,7 @@ Promises
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from queue import Empty, SimpleQueue
@@ -118,6 +119,7 @@ class ComputeLoop:
             return _EXIT_LOAD_FAILED
         self._loaded = True
         self._progress.reading = self._engine.reading()
+        gc.freeze()  # a tokenizer's vocabulary is no garbage: the collector need not look through it again
         self._outlet.send(Ready(facts=facts))
         return None
 

@@ -7,6 +7,7 @@ however it died, on every platform.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -59,6 +60,9 @@ def main() -> None:
     outlet = Outlet(context, bootstrap.endpoint, bootstrap.worker_id)
     # Only the engine that is wanted is imported: the fake one must not cost a second of mlx.
     engine = cast(Engine, cast(Any, import_module(module)).__dict__[name](outlet.send_bytes))
+    # What the imports left behind stays for the life of the process; looked through once, and then never again.
+    gc.collect()
+    gc.freeze()
     hello = Hello(
         protocol_version=PROTOCOL_VERSION,
         pid=os.getpid(),
