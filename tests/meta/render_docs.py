@@ -97,8 +97,8 @@ def _example() -> str:
     lines = [
         "# An example for mlx-router, with every setting at its default. Put it at ~/.config/mlx-router/config.toml",
         "# (macOS: ~/Library/Application Support/mlx-router/config.toml) or name it with --config.",
-        "# Each setting is also a flag of `mlx-router start` and a variable of the environment: max_queue is --max-queue",
-        "# and MLX_ROUTER_MAX_QUEUE.",
+        "# Each setting is also a flag of `mlx-router start` and a variable of the environment: max_queue is",
+        "# --max-queue and MLX_ROUTER_MAX_QUEUE.",
         "",
         f"version = {CONFIG_VERSION}",
         "",

@@ -60,12 +60,13 @@ class Answer:
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = scope.get("state", {}).get("request_id", "")
         try:
-            await unless_client_leaves(receive, self._answer(send))
+            await unless_client_leaves(receive, self._answer(send, request_id))
         except ClientLeft:
-            log.info("event=client_left model=%r seconds=%.3f", self._plan.spec.name, self._seconds())
+            pass  # said in the log already; there is nobody else to tell
 
-    async def _answer(self, send: Send) -> None:
+    async def _answer(self, send: Send, request_id: str) -> None:
         renderer = self._style.stream() if self._call.stream else None
         outcome = "ok"
         try:
@@ -77,16 +78,21 @@ class Answer:
                 else:
                     await self._send_stream(lease, renderer, send)
         except asyncio.CancelledError:
-            outcome = "cancelled"
+            outcome = "client_left"
             raise
         except MlxRouterError as error:
             outcome = error.code.value
             await self._send_error(error, renderer, send)
         finally:
             log.info(
-                "event=request model=%r stream=%s outcome=%s seconds=%.3f load_seconds=%.3f",
-                self._plan.spec.name, self._call.stream, outcome, self._seconds(), self._loaded - self._received,
-            )  # fmt: skip
+                "event=request request=%s model=%r stream=%s outcome=%s seconds=%.3f load_seconds=%.3f",
+                request_id,
+                self._plan.spec.name,
+                self._call.stream,
+                outcome,
+                self._seconds(),
+                self._loaded - self._received,
+            )
 
     async def _send_whole(self, lease: Lease, send: Send) -> None:
         transcript = Transcript()

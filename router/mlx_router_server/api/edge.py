@@ -70,6 +70,7 @@ class Edge:
             await _respond(send, 403, request_id)
             return
         extra = {"x-request-id": request_id}
+        scope.setdefault("state", {})["request_id"] = request_id
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             if not self._allows(origin):
                 await _respond(send, 403, request_id)
