@@ -7,7 +7,6 @@ inserted, because an exception inside ``BatchGenerator.next`` corrupts the rows 
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import time
@@ -38,6 +37,7 @@ from mlx_router_shared.generation import (
 )
 from mlx_router_shared.protocol import Load, ModelFacts
 from mlx_router_worker.engine import EngineReading, Report
+from mlx_router_worker.sampling import first_said, read_generation_config
 from mlx_router_worker.text.answer import AnswerBuilder
 from mlx_router_worker.text.prompt import drop_oldest, merge_system, template_messages, template_tools
 
@@ -108,7 +108,7 @@ class MlxEngine:
         limit = int(text_config.get("max_position_embeddings") or _DEFAULT_CONTEXT)
         self._context_tokens = min(limit, load.context_tokens) if load.context_tokens else limit
         self._vocabulary = int(text_config.get("vocab_size") or len(self._tokenizer))
-        self._generation_config = _read_generation_config(path)
+        self._generation_config = read_generation_config(path)
         self._machine = make_text_state_machine(self._tokenizer)
         mx.random.seed(int.from_bytes(os.urandom(8)))
         self._generator = BatchGenerator(
@@ -173,7 +173,7 @@ class MlxEngine:
         context = min(self._context_tokens, request.context_tokens or self._context_tokens)
         room = context - len(tokens)
         budget = request.max_tokens if request.max_tokens is not None else room
-        sampling = _first_said(request.sampling, self._generation_config, request.sampling_defaults)
+        sampling = first_said(request.sampling, self._generation_config, request.sampling_defaults)
         sampler, processors = self._sampler(sampling), self._processors(sampling)
         tools = template_tools(request.tools)
         parse_tool = (lambda text: self._tokenizer.tool_parser(text, tools)) if tools else None
@@ -417,37 +417,3 @@ def _make_sampler(temperature: float, top_p: float, top_k: int, min_p: float, *,
         return mx.random.categorical(logprobs, key=draw)
 
     return sample
-
-
-def _first_said(*choices: Sampling) -> Sampling:
-    """Field by field the first that is not None."""
-    said = {}
-    for name in Sampling.__struct_fields__:
-        values = [getattr(choice, name) for choice in choices]
-        said[name] = next((value for value in values if value not in (None, {})), values[-1])
-    return Sampling(**said)
-
-
-def _read_generation_config(path: Path) -> Sampling:
-    """The model author's sampling defaults, which mlx-lm does not read."""
-    try:
-        config = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return Sampling()
-    if not isinstance(config, dict):
-        return Sampling()
-    if config.get("do_sample") is False:
-        return Sampling(temperature=0.0)
-
-    def number(name: str) -> float | None:
-        value = config.get(name)
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-    top_k = number("top_k")
-    return Sampling(
-        temperature=number("temperature"),
-        top_p=number("top_p"),
-        top_k=int(top_k) if top_k is not None else None,
-        min_p=number("min_p"),
-        repeat_penalty=number("repetition_penalty"),
-    )

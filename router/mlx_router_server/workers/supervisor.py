@@ -46,7 +46,7 @@ from mlx_router_server.workers.reclaim import reclaim
 from mlx_router_server.workers.run_directory import RunDirectory
 from mlx_router_server.workers.standby import StandbyPool
 from mlx_router_server.workers.timings import EvictionTimings, SwapTimings
-from mlx_router_shared.errors import MlxRouterError, ShuttingDown, WorkerDied
+from mlx_router_shared.errors import LoadFailed, MlxRouterError, ShuttingDown, WorkerDied
 from mlx_router_shared.generation import Event, GenerationRequest, ReasoningDelta, TextDelta, ToolCallDelta
 from mlx_router_shared.protocol import Bootstrap, Load, ModelFacts
 
@@ -169,6 +169,7 @@ class Supervisor:
         """Refuse, drain, stop every worker and see each of them gone; then close the socket."""
         self._leaving = True
         self._post(ShutdownRequested())
+        await self.settled()
         await self._standby.close(self._options.stop_timeout_seconds)
         while self._runs:
             await self.wait_change()
@@ -356,6 +357,11 @@ class Supervisor:
         except OSError as error:
             failure = WorkerDied(f"its worker process could not be started: {error}")
             self._post(WorkerFailed(worker=worker, error=failure))
+        except Exception:
+            log.exception(
+                "event=load_broke_off model=%r", run.plan.spec.name
+            )  # a defect of ours: nobody may hang on it
+            self._post(WorkerFailed(worker=worker, error=LoadFailed("internal error while loading; see the log")))
         finally:
             run.has_process.set()
             run.loading = False
@@ -413,12 +419,22 @@ class Supervisor:
         """End the worker and see its memory back; the reservation is held until then."""
         await run.has_process.wait()
         if run.handle is not None:
-            timings = await reclaim(run.handle, run.plan.spec.name, effect, self._options.stop_timeout_seconds)
-            self.kill_incidents += timings.rung == "kill"
-            self.stranded_incidents += timings.verdict == "stranded"
-            if effect.successor is not None:
-                self._evictions_for.setdefault(effect.successor, []).append(timings)
+            try:
+                self._note_end(
+                    await reclaim(run.handle, run.plan.spec.name, effect, self._options.stop_timeout_seconds),
+                    effect.successor,
+                )
+            except Exception:
+                log.exception(
+                    "event=reclaim_broke_off model=%r", run.plan.spec.name
+                )  # the room is given free all the same
         del self._runs[effect.worker]
         self._post(WorkerReclaimed(worker=effect.worker))
         self._refill_standby()
         self._wake()
+
+    def _note_end(self, timings: EvictionTimings, successor: str | None) -> None:
+        self.kill_incidents += timings.rung == "kill"
+        self.stranded_incidents += timings.verdict == "stranded"
+        if successor is not None:
+            self._evictions_for.setdefault(successor, []).append(timings)
