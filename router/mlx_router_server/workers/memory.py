@@ -29,11 +29,12 @@ def process_bytes(pid: int) -> int:
     if sys.platform == "darwin":
         return _mac_footprint(pid)
     try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+        # Counters that the kernel keeps; smaps_rollup is a little more exact and walks every page of a large model.
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return 0
     for line in text.splitlines():
-        if line.startswith("Anonymous:"):
+        if line.startswith("RssAnon:"):
             return int(line.split()[1]) * _KB
     return 0
 

@@ -24,7 +24,7 @@ _POLL_SECONDS: Final = 0.01
 
 async def reclaim(handle: WorkerHandle, model: str, effect: StopWorker, limit_seconds: float) -> EvictionTimings:
     """End the worker and wait until its memory is back, or until that has taken too long to go on waiting."""
-    held = 0 if handle.exited.is_set() else await asyncio.to_thread(process_bytes, handle.pid)
+    held = 0 if handle.exited.is_set() else process_bytes(handle.pid)
     used_before = machine_used_bytes()
     report = await handle.stop(effect.reason, limit_seconds)
     began = time.monotonic()

@@ -42,6 +42,7 @@ from mlx_router_server.lifecycle.record import ModelView
 from mlx_router_server.workers.handle import WorkerHandle
 from mlx_router_server.workers.launcher import launch
 from mlx_router_server.workers.link import WorkerLink
+from mlx_router_server.workers.memory import process_bytes
 from mlx_router_server.workers.reclaim import reclaim
 from mlx_router_server.workers.run_directory import RunDirectory
 from mlx_router_server.workers.standby import StandbyPool
@@ -224,7 +225,8 @@ class Supervisor:
             return None
         handle = run.handle
         stats = handle.stats
-        measured = max(handle.facts.memory_bytes if handle.facts else 0, stats.memory_bytes if stats else 0)
+        # The process as the system sees it, or what its engine says (on Metal either may be the larger).
+        measured = max(process_bytes(handle.pid), stats.memory_bytes if stats else 0)
         return WorkerView(
             pid=handle.pid,
             stage=handle.stage,
