@@ -120,8 +120,9 @@ class MlxEngine:
         )
         if load.wired_limit_bytes and mx.metal.is_available():
             mx.set_wired_limit(load.wired_limit_bytes)  # the generator has just set it to all there is
-        report("warm_up", 0.0)
-        warm_up_seconds = self._warm_up() if load.warm_up else 0.0
+        # On a CPU there are no kernels to compile, and a token of a large model takes a second.
+        warm = load.warm_up and mx.default_device() != mx.Device(mx.cpu)
+        warm_up_seconds = self._warm_up(report) if warm else 0.0
         return ModelFacts(
             context_tokens=self._context_tokens,
             has_chat_template=bool(self._tokenizer.has_chat_template),
@@ -150,9 +151,10 @@ class MlxEngine:
         report("weights", 1.0)
         return total
 
-    def _warm_up(self) -> float:
+    def _warm_up(self, report: Report) -> float:
         """Compile kernels with one token; best effort: a model whose warm-up fails is still tried."""
         assert self._generator is not None
+        report("warm_up", 0.0)
         started = time.perf_counter()
         (uid,) = self._generator.insert([[next(iter(self._tokenizer.eos_token_ids), 0)] * 2], [1])
         try:

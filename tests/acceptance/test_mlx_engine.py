@@ -1,0 +1,140 @@
+"""The contract with mlx-lm's internals: what the engine relies on, played with the demo model in this process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlx_router_server.catalogue.catalogue import DEMO_FOLDER
+from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest
+from mlx_router_shared.generation import (
+    Event,
+    Finish,
+    GenerationRequest,
+    Message,
+    Role,
+    Sampling,
+    Started,
+    TextDelta,
+    Usage,
+)
+from mlx_router_shared.protocol import Load
+from mlx_router_worker.mlx_engine import MlxEngine
+from tests.tiny_models.script import GREETING, LONG_STORY
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    found = MlxEngine(lambda data: None)
+    stages: list[tuple[str, float]] = []
+    facts = found.load(
+        Load(model="demo", path=str(DEMO_FOLDER), context_tokens=2048, parallel=4), lambda *s: stages.append(s)
+    )
+    assert (facts.context_tokens, facts.has_tools, facts.has_thinking) == (2048, True, True)
+    assert stages[0] == ("weights", 0.0)
+    assert stages[-1] == ("weights", 1.0)
+    yield found
+    found.close()
+
+
+def _ask(text: str, **more: Any) -> GenerationRequest:
+    return GenerationRequest(messages=[Message(role=Role.USER, content=text)], **more)
+
+
+def _play(engine: MlxEngine, out: dict[str, list[Event]], steps: int = 10_000) -> None:
+    while engine.streams and steps:
+        steps -= 1
+        for stream in engine.step():
+            out.setdefault(stream.request_id, []).extend(stream.events)
+
+
+def _text(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+def test_warm_up_leaves_nothing_behind(engine: MlxEngine) -> None:
+    """It runs by itself where there are kernels to compile; here it is called by hand."""
+    assert engine._warm_up(lambda stage, fraction: None) > 0
+    assert engine.streams == 0
+
+
+def test_requests_that_join_late_and_leave_early_do_not_disturb_the_others(engine: MlxEngine) -> None:
+    out: dict[str, list[Event]] = {}
+    assert engine.submit("long", _ask("Tell me a long story.")) == [Started(prompt_tokens=14)]
+    _play(engine, out, 20)
+    engine.submit("gone", _ask("Tell me a long story."))
+    engine.submit("short", _ask("Hello!"))
+    _play(engine, out, 20)
+    engine.cancel("gone")
+    engine.cancel("never there")
+    told = len(out["gone"])
+    _play(engine, out)
+    assert _text(out["long"]) == LONG_STORY
+    assert _text(out["short"]) == GREETING
+    assert len(out["gone"]) == told
+    for name in ("long", "short"):
+        assert isinstance(out[name][-2], Usage)
+        assert isinstance(out[name][-1], Finish)
+
+
+def test_more_requests_than_the_batch_holds_wait_their_turn(engine: MlxEngine) -> None:
+    out: dict[str, list[Event]] = {}
+    for number in range(9):
+        engine.submit(str(number), _ask("Hello!"))
+    _play(engine, out)
+    assert {_text(events) for events in out.values()} == {GREETING}
+    assert len(out) == 9
+
+
+def test_a_long_prompt_is_read_in_chunks_between_the_tokens_of_others(engine: MlxEngine) -> None:
+    """R45's little sister: a prompt of three chunks costs a running stream no more than three longer steps."""
+    out: dict[str, list[Event]] = {}
+    engine.submit("running", _ask("Tell me a long story."))
+    _play(engine, out, 5)
+    before = len(out["running"])
+    engine.submit("prompt", _ask("word " * 450, max_tokens=1))
+    steps = 0
+    while "prompt" not in out:
+        _play(engine, out, 1)
+        steps += 1
+    assert steps > 2
+    assert len(out["running"]) - before >= steps - 1
+    _play(engine, out)
+    assert _text(out["running"]) == LONG_STORY
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        (_ask("word " * 3000), ContextLengthExceeded),
+        (GenerationRequest(prompt=""), InvalidRequest),
+        (GenerationRequest(prompt_tokens=[10**6]), InvalidRequest),
+        (_ask("hi", sampling=Sampling(logit_bias={10**6: 1.0})), InvalidRequest),
+    ],
+)
+def test_what_would_break_a_step_is_refused_before_it(
+    engine: MlxEngine, request_: GenerationRequest, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        engine.submit("bad", request_)
+    assert engine.streams == 0
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.5, top_k=10**9),
+        Sampling(temperature=0.7, top_p=0.0, min_p=1.0),
+        Sampling(temperature=2.0, top_k=1, top_p=0.01, seed=-1),
+        Sampling(repeat_penalty=1.3, presence_penalty=2.0, frequency_penalty=-2.0, repeat_last_n=-1),
+        Sampling(repeat_penalty=1.3, repeat_last_n=0),
+    ],
+)
+def test_extreme_sampling_parameters_do_not_raise_in_a_step(engine: MlxEngine, sampling: Sampling) -> None:
+    out: dict[str, list[Event]] = {}
+    engine.submit("extreme", _ask("Hello!", sampling=sampling, max_tokens=8))
+    engine.submit("beside", _ask("Hello!"))
+    _play(engine, out)
+    assert isinstance(out["extreme"][-1], Finish)
+    assert _text(out["beside"]) == GREETING
