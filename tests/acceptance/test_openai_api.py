@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.acceptance.test_ollama_api import call
+from tests.support.http import call
 from tests.support.router import RouterProcess
 from tests.tiny_models.script import GREETING, WEATHER_TOOL
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fakes import fake_config
+from tests.support.http import call
 from tests.support.router import running_router, wait_until
 
 
@@ -156,8 +157,11 @@ def test_a_full_queue_answers_503_with_retry_after(home: Path) -> None:
     with running_router(home, *fake_config(home, scripts, max_queue=1)) as router, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(router.generate, "a")
         wait_until(lambda: router.model("a")["queued"] == 1, "the first waits")
-        with pytest.raises(Exception, match="maximum pending requests exceeded"):
-            router.generate("a")
+        for path, prompt in (("/api/generate", {"prompt": "go"}), ("/v1/completions", {"prompt": "go"})):
+            refused = call(router, "POST", path, {"model": "a", **prompt})
+            assert refused.status == 503
+            assert int(refused.headers["retry-after"]) >= 1
+            assert b"server busy, please try again.  maximum pending requests exceeded" in refused.body
         assert waiting.result(timeout=20)["done"] is True
 
 
