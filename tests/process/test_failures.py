@@ -183,12 +183,10 @@ def test_a_client_that_leaves_stops_its_stream_and_returns_its_lease(home: Path)
             next(stream)
         stream.close()
         wait_until(lambda: router.model("a")["in_flight"] == 0, "the lease is back", 5)
-        before = wait_until(lambda: router.model("a")["tokens_total"], "the worker has told its figures", 5)
         router.generate("a", options={"num_predict": 3})
-        wait_until(lambda: router.model("a")["tokens_total"] >= before + 3, "the figures move")
-        # Only the three tokens of the second request: the first stream has not gone on.
-        assert router.model("a")["tokens_total"] == before + 3
-        assert before <= 3 + 2
+        wait_until(lambda: router.model("a")["tokens_total"] >= 6, "the worker has told its figures")
+        # Three that were read, three of the second request, and two at most after the client had left.
+        assert router.model("a")["tokens_total"] <= 3 + 3 + 2
 
 
 @pytest.mark.req("R10")

@@ -39,6 +39,7 @@ __all__ = ["StopReport", "WorkerHandle"]
 _MOST_UNREAD_EVENTS: Final = 20_000
 _TERM_SECONDS: Final = 3.0
 _KILL_SECONDS: Final = 10.0
+_LAST_WORD_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +232,7 @@ class WorkerHandle:
 
     async def _await_exit(self) -> None:
         status = await self.process.wait()
+        await self._hear_last_word(status)
         self._link.forget(self.worker_id)
         self.exit_reason = self._broken or self.process.describe_exit(status)
         self.exited.set()
@@ -242,6 +244,17 @@ class WorkerHandle:
         )
         for waiter in self._stats_waiters:
             waiter.cancel()
+
+    async def _hear_last_word(self, status: int) -> None:
+        """An orderly end is announced, and the announcement may still be on its way when the exit is already known."""
+        announced = {0: lambda: self._bye_at is not None, 1: lambda: self._load_error is not None}.get(status)
+        try:
+            async with asyncio.timeout(_LAST_WORD_SECONDS):
+                while announced is not None and not announced():
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            pass
 
     # ------------------------------------------------------------------------- messages
 
