@@ -208,6 +208,9 @@ def test_t085_options_that_mean_nothing_here_are_taken(demo_router: RouterProces
                "temperature": None, "use_mmap": True, "penalize_newline": True, "num_keep": 5}  # fmt: skip
     body = {"model": "demo", "prompt": "hi", "stream": False, "options": options}
     assert call(demo_router, "POST", "/api/generate", body).status == 200
+    told = demo_router.wait_line("event=options_without_meaning")
+    assert all(name in told for name in ("numa", "mirostat", "new", "num_keep"))
+    assert "temperature" not in told
 
 
 def test_t093_t096_odd_messages_are_taken(demo_router: RouterProcess) -> None:

@@ -68,6 +68,8 @@ class Answer:
 
     async def _answer(self, send: Send, request_id: str) -> None:
         renderer = self._style.stream() if self._call.stream else None
+        if self._call.ignored:
+            log.info("event=options_without_meaning request=%s names=%r", request_id, ",".join(self._call.ignored))
         outcome = "ok"
         try:
             keep_alive = self._call.keep_alive_seconds

@@ -97,7 +97,6 @@ class OllamaStream:
         self._model = model
         self._usage = Usage(prompt_tokens=0, completion_tokens=0)
         self._dropped = 0
-        self._logprobs: list[TokenLogprob] = []
 
     def start(self, moment: Moment) -> bytes:
         return b""

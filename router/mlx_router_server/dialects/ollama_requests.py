@@ -60,7 +60,7 @@ class _Common(Struct, kw_only=True):
     options: dict[str, Any] = field(default_factory=dict)
     think: Any = None
     truncate: bool = True
-    shift: bool = True
+    shift: bool = True  # type-checked only: MLX has no context shift, and a full context ends with "length"
     logprobs: bool = False
     top_logprobs: int = 0
     _debug_render_only: bool = False
