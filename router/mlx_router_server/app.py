@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -14,27 +16,35 @@ from mlx_router_server.api.edge import Edge
 from mlx_router_server.api.server import Server
 from mlx_router_server.catalogue.catalogue import Catalogue, Registered, Sources
 from mlx_router_server.catalogue.discovery import hub_cache
-from mlx_router_server.lifecycle.machine import Limits
-from mlx_router_server.settings import Settings, load_settings
-from mlx_router_server.workers.memory import default_budget
-from mlx_router_server.workers.supervisor import Supervisor, SupervisorOptions
+from mlx_router_server.lifecycle.books import Limits
+from mlx_router_server.lifecycle.queueing import BusyPolicy
+from mlx_router_server.settings import Settings, home_folder, load_settings
+from mlx_router_server.workers.memory import default_budget, read_memory, wired_limit
+from mlx_router_server.workers.plan import SupervisorOptions
+from mlx_router_server.workers.supervisor import Supervisor
 
 __all__ = ["create_app", "create_app_from_environment"]
 
 
-def create_app(settings: Settings) -> Starlette:
-    """The ASGI application. It can be started and stopped any number of times in one process."""
+def create_app(settings: Settings, home: Path | None = None) -> Starlette:
+    """The ASGI application. It can be started and stopped any number of times in one process.
+
+    ``home`` is the folder for what is remembered between runs; None remembers nothing.
+    """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         catalogue = Catalogue(_sources(settings), settings.default_model)
-        supervisor = Supervisor(_options(settings))
+        supervisor = Supervisor(_options(settings, home))
         app.state.server = Server(settings, catalogue, supervisor)
         await catalogue.start()
         await supervisor.start()
+        preloading = asyncio.create_task(_preload(app.state.server), name="preload")
         try:
             yield
         finally:
+            preloading.cancel()
+            await asyncio.gather(preloading, return_exceptions=True)
             await supervisor.stop()
             await catalogue.stop()
 
@@ -49,7 +59,13 @@ def create_app(settings: Settings) -> Starlette:
 
 def create_app_from_environment() -> Starlette:
     """For ``uvicorn --factory mlx_router_server.app:create_app_from_environment``."""
-    return create_app(load_settings({}, dict(os.environ)))
+    return create_app(load_settings({}, dict(os.environ)), home_folder(dict(os.environ)))
+
+
+async def _preload(server: Server) -> None:
+    """Beside the listener, which is open meanwhile."""
+    await server.catalogue.wait_ready()
+    server.preload()
 
 
 def _sources(settings: Settings) -> Sources:
@@ -62,19 +78,32 @@ def _sources(settings: Settings) -> Sources:
         registered=registered,
         folders=settings.models_dirs,
         hub=hub_cache(dict(os.environ)) if settings.hub_cache else None,
+        name_map=tuple(settings.name_map.items()),
     )
 
 
-def _options(settings: Settings) -> SupervisorOptions:
+def _options(settings: Settings, home: Path | None) -> SupervisorOptions:
     return SupervisorOptions(
         limits=Limits(
-            budget_bytes=settings.memory_budget or default_budget(),
+            budget_bytes=settings.memory_budget or default_budget(read_memory()),
+            wired_bytes=wired_limit(),
             max_loaded_models=settings.max_loaded_models,
             max_queue=settings.max_queue,
+            busy_policy=BusyPolicy(settings.busy_policy),
             queue_timeout_seconds=settings.queue_timeout_seconds,
+            busy_wait_seconds=settings.busy_wait_seconds,
+            min_residency_seconds=settings.min_residency_seconds,
+            turn_seconds=settings.turn_seconds,
+            turn_requests=settings.turn_requests,
             drain_timeout_seconds=settings.drain_timeout_seconds,
+            cancel_at_drain_limit=settings.drain_policy == "cancel",
+            restore_on_failure=settings.restore_on_failure,
         ),
         standby_workers=settings.standby_workers,
         load_timeout_seconds=settings.load_timeout_seconds,
+        warm_up_timeout_seconds=settings.warm_up_timeout_seconds,
         stop_timeout_seconds=settings.stop_timeout_seconds,
+        stall_timeout_seconds=settings.stall_timeout_seconds,
+        measurements=home / "measured.json" if home is not None else None,
+        learn_budget=not settings.memory_budget,
     )

@@ -141,8 +141,12 @@ class ModelSettings:
     path: Path | None = None
     repo: str | None = None
     aliases: tuple[str, ...] = ()
+    preload: bool = False
     pinned: bool = False
     keep_alive: float | None = None
+    keep_alive_min: float = 0.0
+    keep_alive_max: float = math.inf
+    keep_alive_lock: bool = False
     context_length: int | None = None
     memory: int | None = None
 
@@ -151,8 +155,12 @@ _MODEL_KEYS: Final[dict[str, Callable[[object], Any]]] = {
     "path": lambda value: Path(_text(value)).expanduser().absolute(),
     "repo": _text,
     "aliases": _names,
+    "preload": _boolean,
     "pinned": _boolean,
     "keep_alive": _duration,
+    "keep_alive_min": _duration,
+    "keep_alive_max": _duration,
+    "keep_alive_lock": _boolean,
     "context_length": _integer,
     "memory": _size,
 }
@@ -186,17 +194,53 @@ class Settings:
         ollama="OLLAMA_KEEP_ALIVE",
     )  # fmt: skip
     max_queue: int = _setting(
-        512, _integer, "Most requests that may wait for a model to be loaded.", ollama="OLLAMA_MAX_QUEUE"
+        512, _integer, "Most requests that may wait, for a load or for a loaded model.", ollama="OLLAMA_MAX_QUEUE"
     )
-    queue_timeout_seconds: float = _setting(600.0, _seconds, "Longest wait for room.", unit="seconds")
+    busy_policy: str = _setting(
+        "wait", _one_of("wait", "fail", "wait_then_fail"),
+        "What a request does when others are in its way: wait (for queue_timeout_seconds at most), fail at once with "
+        "503 and Retry-After, or wait_then_fail after busy_wait_seconds.",
+    )  # fmt: skip
+    queue_timeout_seconds: float = _setting(600.0, _seconds, "Longest wait for others.", unit="seconds")
+    busy_wait_seconds: float = _setting(
+        30.0, _seconds, "Longest wait for others with busy_policy wait_then_fail.", unit="seconds"
+    )
+    min_residency_seconds: float = _setting(
+        0.0, _seconds, "Shortest stay of a loaded model: before, it is not evicted for another.", unit="seconds"
+    )
+    turn_seconds: float = _setting(
+        10.0, _seconds, "How long a model that was loaded while others wait begins requests before they get its room.",
+        unit="seconds",
+    )  # fmt: skip
+    turn_requests: int = _setting(
+        64, _integer, "How many requests a model that was loaded while others wait begins before they get its room."
+    )
     standby_workers: int = _setting(1, _integer, "Idle worker processes kept ready, so that a load is quick.")
     load_timeout_seconds: float = _setting(
         600.0, _seconds, "Longest time for loading a model; 0 is no limit.", unit="seconds",
         ollama="OLLAMA_LOAD_TIMEOUT",
     )  # fmt: skip
+    warm_up_timeout_seconds: float = _setting(
+        60.0, _seconds, "Longest time for a trial token after a load; 0: none. A model is ready without it, too.",
+        unit="seconds",
+    )  # fmt: skip
+    restore_on_failure: bool = _setting(
+        False, _boolean, "When a load fails, bring back the models that had to leave for it."
+    )
     drain_timeout_seconds: float = _setting(
         300.0, _seconds, "Longest wait for the running requests of a model that shall leave.", unit="seconds"
     )
+    drain_policy: str = _setting(
+        "keep", _one_of("keep", "cancel"),
+        "What happens at that limit: keep the old model and refuse the new one, or cancel what still runs.",
+    )  # fmt: skip
+    stall_timeout_seconds: float = _setting(
+        120.0, _seconds, "A worker that has work and makes no step for so long is ended; 0: never.", unit="seconds"
+    )
+    heartbeat_seconds: float = _setting(
+        5.0, _seconds, "Silence after which a stream gets a sign of life, while its model loads or its prompt is read; "
+        "0: none.", unit="seconds",
+    )  # fmt: skip
     stop_timeout_seconds: float = _setting(
         10.0, _seconds, "How long a worker may take to exit before it is sent a signal.", unit="seconds"
     )
@@ -206,6 +250,8 @@ class Settings:
     )  # fmt: skip
     log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "Least important lines to log.")
     models: dict[str, ModelSettings] = dataclasses.field(default_factory=dict)
+    name_map: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Patterns of foreign names, with ``*``, to names of ours; the first that fits counts."""
 
     @property
     def url(self) -> str:
@@ -270,6 +316,7 @@ def _read_file(file: Path) -> dict[str, object]:
     if version != CONFIG_VERSION:
         raise SettingsError(f"{file}: version {version!r} is not known here; this release reads {CONFIG_VERSION}")
     models = data.pop("models", {})
+    name_map = data.pop("name_map", {})
     fields = {field.name: field for field in describe_settings()}
     values: dict[str, object] = {}
     for name, value in data.items():
@@ -279,6 +326,9 @@ def _read_file(file: Path) -> dict[str, object]:
     if not isinstance(models, dict):
         raise SettingsError(f"{file}: models: not a table")
     values["models"] = {name: _read_model(file, name, table) for name, table in models.items()}
+    if not isinstance(name_map, dict) or not all(isinstance(name, str) for name in name_map.values()):
+        raise SettingsError(f"{file}: name_map: not a table of names")
+    values["name_map"] = name_map
     return values
 
 

@@ -12,7 +12,9 @@ code names. Each API maps codes to its own shapes and statuses in one table; nob
     ├── Unavailable                 may work later: carries the seconds after which to try again
     │   ├── Overloaded              a queue is full
     │   ├── WaitedTooLong           no room came free in time
+    │   ├── Busy                    others are in the way, and the operator wants nobody to wait
     │   ├── MemoryPinned            the room is held by pinned models
+    │   ├── MemoryPressure          the machine is short of memory
     │   ├── BackingOff              the last load failed a moment ago
     │   └── ShuttingDown            the router is leaving
     ├── LoadFailed                  the worker could not load the model
@@ -28,12 +30,14 @@ from typing import ClassVar
 
 __all__ = [
     "BackingOff",
+    "Busy",
     "ContextLengthExceeded",
     "EngineFailed",
     "ErrorCode",
     "InvalidRequest",
     "LoadFailed",
     "MemoryPinned",
+    "MemoryPressure",
     "MlxRouterError",
     "ModelNotFound",
     "ModelTooLarge",
@@ -60,7 +64,9 @@ class ErrorCode(StrEnum):
     UNAVAILABLE = "unavailable"
     OVERLOADED = "overloaded"
     WAITED_TOO_LONG = "waited_too_long"
+    BUSY = "busy"
     MEMORY_PINNED = "memory_pinned"
+    MEMORY_PRESSURE = "memory_pressure"
     BACKING_OFF = "backing_off"
     SHUTTING_DOWN = "shutting_down"
     LOAD_FAILED = "load_failed"
@@ -133,10 +139,22 @@ class WaitedTooLong(Unavailable):
     code = ErrorCode.WAITED_TOO_LONG
 
 
+class Busy(Unavailable):
+    """Something else would have to end first, and by the operator's ``busy_policy`` nobody waits for it."""
+
+    code = ErrorCode.BUSY
+
+
 class MemoryPinned(Unavailable):
     """The memory that is needed belongs to pinned models."""
 
     code = ErrorCode.MEMORY_PINNED
+
+
+class MemoryPressure(Unavailable):
+    """Other programs need the machine's memory; nothing new is loaded until it is back."""
+
+    code = ErrorCode.MEMORY_PRESSURE
 
 
 class BackingOff(Unavailable):

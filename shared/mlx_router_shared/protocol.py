@@ -27,6 +27,7 @@ __all__ = [
     "Loading",
     "ModelFacts",
     "Ready",
+    "SetLimits",
     "Shutdown",
     "Stats",
     "Step",
@@ -73,11 +74,24 @@ class Load(Struct, frozen=True, kw_only=True, tag="load"):
     """The longest prompt plus answer that may be admitted; the model's own limit if that is less."""
     parallel: int
     """How many requests are decoded at once; the others wait inside the worker."""
-    warm_up: bool = True
+    warm_up_seconds: float = 60.0
+    """The longest time for a trial token before the model is said to be ready; 0: none. Its failure fails nothing."""
+    memory_limit_bytes: int = 0
+    """What this worker may use; MLX takes it as a guideline. 0 leaves MLX's own limit."""
     cache_limit_bytes: int = 0
     """The most that MLX may keep of freed buffers; 0 leaves MLX's own limit."""
     wired_limit_bytes: int = 0
     """The most that this worker may wire (macOS); 0 leaves the system's own limit."""
+
+
+class SetLimits(Struct, frozen=True, kw_only=True, tag="set_limits"):
+    """This worker's share of the machine has changed, or memory is tight; the limits are those of ``Load``."""
+
+    memory_limit_bytes: int
+    cache_limit_bytes: int
+    wired_limit_bytes: int
+    trim: bool = False
+    """Give back what is kept without being needed."""
 
 
 class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
@@ -105,7 +119,7 @@ class Shutdown(Struct, frozen=True, kw_only=True, tag="shutdown"):
     """After this time the process ends itself without ceremony."""
 
 
-ToWorker = Welcome | Load | Generate | Cancel | GetStats | Shutdown
+ToWorker = Welcome | Load | SetLimits | Generate | Cancel | GetStats | Shutdown
 
 
 # -------------------------------------------------------------------------------------------- from the worker
@@ -151,6 +165,8 @@ class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
     """The model is loaded and requests are taken."""
 
     facts: ModelFacts
+    sent_at: float = 0.0
+    """The wall clock of the machine when this was sent."""
 
 
 class LoadFailed(Struct, frozen=True, kw_only=True, tag="load_failed"):

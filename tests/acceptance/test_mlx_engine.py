@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -53,10 +54,16 @@ def _text(events: list[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
-def test_warm_up_leaves_nothing_behind(engine: MlxEngine) -> None:
-    """It runs by itself where there are kernels to compile; here it is called by hand."""
-    assert engine._warm_up(lambda stage, fraction: None) > 0
+@pytest.mark.req("R16")
+def test_warm_up_in_its_own_thread_leaves_nothing_behind(engine: MlxEngine) -> None:
+    """It runs by itself where there are kernels to compile; here it is called by hand, from a thread as in the loop."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(engine.compile_kernels).result(30)
     assert engine.streams == 0
+    out: dict[str, list[Event]] = {}
+    engine.submit("after", _ask("Hello!"))
+    _play(engine, out)
+    assert _text(out["after"]) == GREETING
 
 
 def test_requests_that_join_late_and_leave_early_do_not_disturb_the_others(engine: MlxEngine) -> None:

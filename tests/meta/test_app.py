@@ -17,6 +17,7 @@ _INFERENCE = {"/api/chat", "/api/generate", "/v1/chat/completions", "/v1/complet
 _OTHER = {
     "/", "/api/version", "/api/tags", "/api/ps", "/api/show", "/v1/models", "/v1/models/{name:path}", "/health",
     "/ready", "/admin/status", "/admin/models/{name:path}/load", "/admin/models/{name:path}/unload",
+    "/admin/models/{name:path}/pin", "/admin/models/{name:path}/unpin", "/admin/plan", "/admin/events",
 }  # fmt: skip
 
 

@@ -55,7 +55,8 @@ def _run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 def test_it_answers_while_it_loads_and_while_it_generates(tmp_path: Path) -> None:
     async def test() -> None:
-        async with _worker(tmp_path, load_seconds=0.5, burn=True, tokens=10_000) as (handle, load):
+        script = {"load_seconds": 0.5, "burn": True, "tokens": 10_000, "tokens_per_second": 200}
+        async with _worker(tmp_path, **script) as (handle, load):
             hello = await handle.wait_hello(10)
             assert (hello.engine, hello.pid) == ("fake", handle.pid)
             loading = asyncio.create_task(handle.load(load, 10))

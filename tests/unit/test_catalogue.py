@@ -41,7 +41,7 @@ def test_the_demo_model_is_what_it_is() -> None:
     assert files.weights_bytes == files.parameters * 2
     assert len(files.digest) == 64
     # 2 layers, keys and values, 2 heads of 32 in half precision
-    assert files.kv_bytes_per_token == 2 * 2 * 2 * 32 * 2
+    assert files.cache.per_token == 2 * 2 * 2 * 32 * 2
 
 
 def test_the_architectures_come_from_mlx_lm_and_include_renamed_ones() -> None:

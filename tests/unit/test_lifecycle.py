@@ -11,12 +11,13 @@ import pytest
 from mlx_router_server.lifecycle.backoff import FAILURES_BEFORE_GIVING_UP, pause_after
 from mlx_router_server.lifecycle.events import (
     CancelStreams,
+    Decided,
     Effect,
     Event,
     Grant,
     LeaseRequested,
     LeaseReturned,
-    ModelSpec,
+    Moved,
     Refuse,
     ShutdownRequested,
     StartWorker,
@@ -30,6 +31,7 @@ from mlx_router_server.lifecycle.events import (
     WorkerStarted,
 )
 from mlx_router_server.lifecycle.machine import Lifecycle, Limits
+from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.lifecycle.states import TRANSITIONS, IllegalTransition, State, check_transition
 from mlx_router_shared.errors import LoadFailed, MlxRouterError, WorkerDied
 
@@ -45,25 +47,39 @@ class Bench:
 
     def tell(self, event: Event) -> list[Effect]:
         self.now += self.tick
-        return [effect for effect in self.lifecycle.handle(event, self.now) if type(effect).__name__ != "Decided"]
+        self.heard = self.lifecycle.handle(event, self.now)
+        return [effect for effect in self.heard if not isinstance(effect, Decided | Moved)]
 
     def request(self, ticket: str, model: str, size: int = 40, **more: Any) -> list[Effect]:
-        spec = {name: more.pop(name) for name in ("pinned", "keep_alive_seconds") if name in more and name == "pinned"}
+        names = ("pinned", "keep_alive", "parallel", "growth_bytes", "fixed", "load_seconds")
+        spec = {name: more.pop(name) for name in names if name in more}
         return self.tell(LeaseRequested(ticket=ticket, spec=ModelSpec(name=model, estimate_bytes=size, **spec), **more))
 
     def load(self, ticket: str, model: str, size: int = 40, **more: Any) -> str:
         """Request, start and finish loading; returns the worker."""
         effects = self.request(ticket, model, size, **more)
-        (start,) = [effect for effect in effects if isinstance(effect, StartWorker)]
-        self.tell(WorkerStarted(worker=start.worker))
-        granted = self.tell(WorkerReady(worker=start.worker, memory_bytes=size, load_seconds=1.0))
-        assert Grant(ticket=ticket, worker=start.worker) in granted
-        return start.worker
+        worker = started(effects)
+        assert Grant(ticket=ticket, worker=worker) in self.finish_load(worker, size)
+        return worker
+
+    def finish_load(self, worker: str, size: int = 40, load_seconds: float = 1.0) -> list[Effect]:
+        self.tell(WorkerStarted(worker=worker))
+        return self.tell(WorkerReady(worker=worker, memory_bytes=size, load_seconds=load_seconds))
 
     def state(self, model: str) -> State:
         view = self.lifecycle.view(model)
         assert view is not None
         return view.state
+
+
+def started(effects: list[Effect]) -> str:
+    """The worker of the one load that was begun."""
+    (start,) = [effect for effect in effects if isinstance(effect, StartWorker)]
+    return start.worker
+
+
+def granted(effects: list[Effect]) -> list[str]:
+    return [effect.ticket for effect in effects if isinstance(effect, Grant)]
 
 
 def refusals(effects: list[Effect]) -> list[MlxRouterError]:
@@ -77,7 +93,7 @@ def test_a_request_goes_through_all_states_of_a_load() -> None:
     assert bench.state("a") is State.STARTING
     bench.tell(WorkerStarted(worker=start.worker))
     assert bench.state("a") is State.LOADING
-    assert bench.tell(WorkerReady(worker=start.worker, memory_bytes=1, load_seconds=1.0)) == [
+    assert bench.tell(WorkerReady(worker=start.worker, memory_bytes=40, load_seconds=1.0)) == [
         Grant(ticket="t", worker=start.worker)
     ]
     assert bench.state("a") is State.READY

@@ -1,7 +1,7 @@
 """The seam between the compute loop and whatever computes.
 
 An engine is owned by the compute loop's thread: it alone calls every method, except ``reading``, which the socket
-thread may call at any time. MLX requires this: arrays belong to the thread that made them.
+thread may call at any time, and ``warm_up``. MLX requires this: arrays belong to the thread that made them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mlx_router_shared.generation import Event, GenerationRequest, StreamEvents
-from mlx_router_shared.protocol import Load, ModelFacts
+from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
 
 __all__ = ["Engine", "EngineReading", "Report"]
 
@@ -34,6 +34,13 @@ class Engine(Protocol):
 
     def load(self, load: Load, report: Report) -> ModelFacts:
         """Load the model, blocking. Raises ``MlxRouterError`` with a reason for people when that cannot work."""
+
+    def warm_up(self) -> None:
+        """Make the first real token as quick as the others: called once after ``load``, in a thread of its own that is
+        left alone when it takes too long. Whatever it raises is logged and forgotten."""
+
+    def set_limits(self, limits: SetLimits) -> None:
+        """Another share of the machine from now on; with ``trim``, give back what is kept without being needed."""
 
     def submit(self, request_id: str, request: GenerationRequest) -> list[Event]:
         """Accept a request and return its first events. Raises ``MlxRouterError``; then nothing is changed."""

@@ -26,7 +26,7 @@ from mlx_router_shared.generation import (
     TextDelta,
     Usage,
 )
-from mlx_router_shared.protocol import Load, ModelFacts
+from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
 from mlx_router_worker.engine import EngineReading, Report
 
 __all__ = ["FakeEngine", "FakeScript"]
@@ -36,7 +36,7 @@ _BLINK_SECONDS = 0.002
 
 
 class FakeScript(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the engine does. Points of time: ``load``, ``ready`` (right after), ``generate``, ``shutdown``."""
+    """What the engine does. Points of time: ``load``, ``warm_up``, ``ready``, ``generate``, ``shutdown``."""
 
     load_seconds: float = 0.0
     burn: bool = False
@@ -48,6 +48,9 @@ class FakeScript(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     tokens: int = 16
     """Length of an answer, unless the request wants fewer."""
     context_tokens: int = 4096
+    warm_up_seconds: float = 0.0
+    fail_warm_up: str = ""
+    """The reason that the warm-up raises."""
     fail_load: str = ""
     """The reason that a load fails with."""
     crash_at: str = ""
@@ -106,7 +109,6 @@ class FakeEngine:
                 time.sleep(min(0.05, end - now))
         if script.fail_load:
             raise LoadFailed(script.fail_load)
-        self._misbehave("ready")
         return ModelFacts(
             context_tokens=min(script.context_tokens, load.context_tokens or script.context_tokens),
             has_chat_template=True,
@@ -117,6 +119,20 @@ class FakeEngine:
             weights_seconds=time.monotonic() - started,
             warm_up_seconds=0.0,
         )
+
+    def warm_up(self) -> None:
+        time.sleep(self._script.warm_up_seconds)
+        self._misbehave("warm_up")
+        if self._script.fail_warm_up:
+            raise RuntimeError(self._script.fail_warm_up)
+        self._misbehave("ready")
+
+    def set_limits(self, limits: SetLimits) -> None:
+        print(
+            f"fake engine: limits memory={limits.memory_limit_bytes} cache={limits.cache_limit_bytes} "
+            f"wired={limits.wired_limit_bytes} trim={limits.trim}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
     def submit(self, request_id: str, request: GenerationRequest) -> list[Event]:
         words = sum(len(message.content.split()) for message in request.messages)

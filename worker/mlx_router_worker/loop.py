@@ -1,7 +1,8 @@
 """The compute loop: take, step, emit.
 
 Promises
-- One thread, the process's main thread, loads, generates and frees; it alone touches the engine.
+- One thread, the process's main thread, loads, generates and frees; it alone touches the engine. The trial token after
+  a load is the exception: it has a thread of its own and a limit.
 - Commands that have arrived are taken before each step, so a cancel takes effect within one step.
 - Each step sends at most one message, with the events of all streams; each request ends with exactly one ``Finish``
   or ``Failure``, unless it was cancelled.
@@ -13,9 +14,12 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import time
 from queue import Empty, SimpleQueue
 from typing import assert_never
+
+import msgspec
 
 from mlx_router_shared.errors import EngineFailed, ErrorCode, MlxRouterError
 from mlx_router_shared.generation import Failure, Finish, StreamEvents
@@ -28,6 +32,7 @@ from mlx_router_shared.protocol import (
     LoadFailed,
     Loading,
     Ready,
+    SetLimits,
     Shutdown,
     Step,
     ToWorker,
@@ -94,6 +99,9 @@ class ComputeLoop:
                 self._engine.cancel(command.request_id)
                 self._live.discard(command.request_id)
                 self._note()
+            case SetLimits():
+                self._engine.set_limits(command)
+                self._progress.reading = self._engine.reading()
             case Shutdown():
                 self._fail_all("the model is being unloaded")
                 self._engine.close()
@@ -117,11 +125,34 @@ class ComputeLoop:
             code = error.code if isinstance(error, MlxRouterError) else ErrorCode.LOAD_FAILED
             self._outlet.send(LoadFailed(code=code, message=text))
             return _EXIT_LOAD_FAILED
+        facts = msgspec.structs.replace(facts, warm_up_seconds=self._warm_up(command.warm_up_seconds))
         self._loaded = True
         self._progress.reading = self._engine.reading()
         gc.freeze()  # a tokenizer's vocabulary is no garbage: the collector need not look through it again
-        self._outlet.send(Ready(facts=facts))
+        self._outlet.send(Ready(facts=facts, sent_at=time.time()))
         return None
+
+    def _warm_up(self, limit_seconds: float) -> float:
+        """Best effort: whatever happens in it, the model is ready afterwards. Returns the seconds it took.
+
+        In a thread of its own, because a step that does not come back could not be left otherwise.
+        """
+        if limit_seconds <= 0:
+            return 0.0
+        began = time.monotonic()
+        self._outlet.send(Loading(stage="warm_up", fraction=0.0))
+        thread = threading.Thread(target=self._try_warm_up, name="warm-up", daemon=True)
+        thread.start()
+        thread.join(limit_seconds)
+        if thread.is_alive():
+            log.warning("event=warm_up_left reason='not done within %g s'", limit_seconds)
+        return time.monotonic() - began
+
+    def _try_warm_up(self) -> None:
+        try:
+            self._engine.warm_up()
+        except Exception as error:  # what the model raises here it will raise again where it can be reported
+            log.warning("event=warm_up_failed error=%r", error)
 
     def _submit(self, command: Generate) -> None:
         try:

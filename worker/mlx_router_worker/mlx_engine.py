@@ -35,7 +35,7 @@ from mlx_router_shared.generation import (
     TokenLogprob,
     Usage,
 )
-from mlx_router_shared.protocol import Load, ModelFacts
+from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
 from mlx_router_worker.engine import EngineReading, Report
 from mlx_router_worker.sampling import first_said, read_generation_config
 from mlx_router_worker.text.answer import AnswerBuilder
@@ -46,6 +46,7 @@ __all__ = ["MlxEngine"]
 # One chunk of a prompt is computed between two decode steps, so this bounds the stutter of running streams; mlx-lm's
 # default of 2048 is made for throughput.
 _PREFILL_TOKENS: Final = 512
+_DEFAULT_CPU_CACHE: Final = 32 * 2**20  # MLX's own choice on Linux, where more is only lost
 _EVALUATE_BYTES: Final = 64 * 2**20
 _DEFAULT_CONTEXT: Final = 4096
 _NO_LOGPROB: Final = -9999.0  # JSON has no infinity
@@ -89,12 +90,12 @@ class MlxEngine:
         self._generation_config = Sampling()
         self._context_tokens = 0
         self._vocabulary = 0
+        self._wired_bytes = 0
 
     # ------------------------------------------------------------------ loading
 
     def load(self, load: Load, report: Report) -> ModelFacts:
-        if load.cache_limit_bytes:
-            mx.set_cache_limit(load.cache_limit_bytes)
+        self._apply_limits(load.memory_limit_bytes, load.cache_limit_bytes)
         started = time.perf_counter()
         path = Path(load.path)
         report("weights", 0.0)
@@ -111,18 +112,9 @@ class MlxEngine:
         self._generation_config = read_generation_config(path)
         self._machine = make_text_state_machine(self._tokenizer)
         mx.random.seed(int.from_bytes(os.urandom(8)))
-        self._generator = BatchGenerator(
-            model,
-            stop_tokens=[[token] for token in self._tokenizer.eos_token_ids],
-            completion_batch_size=load.parallel,
-            prefill_batch_size=min(8, load.parallel),
-            prefill_step_size=_PREFILL_TOKENS,
-        )
-        if load.wired_limit_bytes and mx.metal.is_available():
-            mx.set_wired_limit(load.wired_limit_bytes)  # the generator has just set it to all there is
-        # On a CPU there are no kernels to compile, and a token of a large model takes a second.
-        warm = load.warm_up and mx.default_device() != mx.Device(mx.cpu)
-        warm_up_seconds = self._warm_up(report) if warm else 0.0
+        self._generator = self._new_generator(load.parallel)
+        self._wired_bytes = load.wired_limit_bytes
+        self._apply_wired_limit()  # the generator has just set it to all there is
         return ModelFacts(
             context_tokens=self._context_tokens,
             has_chat_template=bool(self._tokenizer.has_chat_template),
@@ -131,7 +123,7 @@ class MlxEngine:
             weights_bytes=weights_bytes,
             memory_bytes=mx.get_active_memory(),
             weights_seconds=weights_seconds,
-            warm_up_seconds=warm_up_seconds,
+            warm_up_seconds=0.0,
         )
 
     def _evaluate(self, report: Report) -> int:
@@ -151,19 +143,49 @@ class MlxEngine:
         report("weights", 1.0)
         return total
 
-    def _warm_up(self, report: Report) -> float:
-        """Compile kernels with one token; best effort: a model whose warm-up fails is still tried."""
-        assert self._generator is not None
-        report("warm_up", 0.0)
-        started = time.perf_counter()
-        (uid,) = self._generator.insert([[next(iter(self._tokenizer.eos_token_ids), 0)] * 2], [1])
-        try:
-            while self._generator.next() != ([], []):
-                pass
-        except Exception as error:  # whatever the model raises here it will raise again where it can be reported
-            print(f"event=warm_up_failed error={error!r}", flush=True)
-            self._generator.remove([uid])
-        return time.perf_counter() - started
+    def warm_up(self) -> None:
+        """Compile kernels with one token. On a CPU there are none, and a token of a large model takes a second."""
+        if mx.default_device() != mx.Device(mx.cpu):
+            self.compile_kernels()
+
+    def compile_kernels(self) -> None:
+        """One token by a generator of the calling thread's own: MLX's streams belong to threads."""
+        end = next(iter(self._tokenizer.eos_token_ids), 0)
+        generator = self._new_generator(1)
+        generator.insert([[end] * 2], [1])
+        while generator.next() != ([], []):
+            pass
+        generator.close()
+        self._apply_wired_limit()  # closing has set it to what it was before
+
+    def _new_generator(self, parallel: int) -> BatchGenerator:
+        return BatchGenerator(
+            self._model,
+            stop_tokens=[[token] for token in self._tokenizer.eos_token_ids],
+            completion_batch_size=parallel,
+            prefill_batch_size=min(8, parallel),
+            prefill_step_size=_PREFILL_TOKENS,
+        )
+
+    # ------------------------------------------------------------------- limits
+
+    def set_limits(self, limits: SetLimits) -> None:
+        self._apply_limits(limits.memory_limit_bytes, limits.cache_limit_bytes)
+        self._wired_bytes = limits.wired_limit_bytes
+        self._apply_wired_limit()
+        if limits.trim:
+            mx.clear_cache()
+
+    @staticmethod
+    def _apply_limits(memory_bytes: int, cache_bytes: int) -> None:
+        if memory_bytes:
+            mx.set_memory_limit(memory_bytes)
+        if cache_bytes:
+            mx.set_cache_limit(min(cache_bytes, _DEFAULT_CPU_CACHE) if not mx.metal.is_available() else cache_bytes)
+
+    def _apply_wired_limit(self) -> None:
+        if self._wired_bytes and mx.metal.is_available():
+            mx.set_wired_limit(self._wired_bytes)
 
     # ----------------------------------------------------------------- requests
 

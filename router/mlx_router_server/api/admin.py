@@ -1,10 +1,10 @@
-"""The operator's routes: is it alive, is it ready, what is loaded, load and unload."""
+"""The operator's routes: is it alive, is it ready, what is loaded and why, load, unload, pin, plan, events."""
 
 from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import psutil
@@ -14,12 +14,24 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_router_server.api.answer import load_only
 from mlx_router_server.api.disconnect import unless_client_leaves
-from mlx_router_server.api.server import Server, server_of
-from mlx_router_server.lifecycle.record import ModelView
+from mlx_router_server.api.happenings import HappeningStream
+from mlx_router_server.api.server import Server, read_body, server_of
+from mlx_router_server.api.wishes import read_wishes
+from mlx_router_server.dialects.body import convert, read_object
+from mlx_router_server.lifecycle.memory import MemoryReading
 from mlx_router_server.lifecycle.states import State
+from mlx_router_server.lifecycle.views import ModelView, WaiterView
 from mlx_router_server.version import __version__
+from mlx_router_server.workers.plan import Failure, WorkerView
 
 __all__ = ["routes"]
+
+
+_PAUSED: Final = (State.BACKOFF, State.FAILED)
+
+
+class _PlanBody(msgspec.Struct, kw_only=True):
+    model: str = ""
 
 
 def _json(data: Any, status: int = 200) -> Response:
@@ -53,13 +65,57 @@ async def status(request: Request) -> Response:
         "memory_bytes": psutil.Process().memory_info().rss,
         "budget_bytes": supervisor.budget_bytes,
         "reserved_bytes": supervisor.reserved_bytes,
+        "memory": _memory(supervisor.memory),
         "waiting": supervisor.waiting,
+        "queue": [_waiter(waiter) for waiter in supervisor.queue()],
         "standby_pids": supervisor.standby_pids,
         "kill_incidents": supervisor.kill_incidents,
         "stranded_incidents": supervisor.stranded_incidents,
         "unservable": server.catalogue.unservable,
     }
     return _json({"router": router, "models": models})
+
+
+def _memory(reading: MemoryReading | None) -> dict[str, Any] | None:
+    """The machine at the last look."""
+    if reading is None:
+        return None
+    return {"available_bytes": reading.available_bytes, "total_bytes": reading.total_bytes,
+            "pressure": reading.pressure.name.lower()}  # fmt: skip
+
+
+def _waiter(waiter: WaiterView) -> dict[str, Any]:
+    now = time.monotonic()
+    left = waiter.given_up_at - now
+    return {
+        "position": waiter.position,
+        "request": waiter.ticket,
+        "model": waiter.model,
+        "priority": waiter.priority,
+        "waited_seconds": round(now - waiter.since, 3),
+        "given_up_in_seconds": None if left == float("inf") else round(left, 3),
+    }
+
+
+def _stage(view: ModelView | None, worker: WorkerView | None) -> str:
+    """What it is busy with, in words; empty at rest."""
+    if view is None:
+        return ""
+    match view.state:
+        case State.QUEUED:
+            return f"waiting for {', '.join(view.waiting_for)} to leave" if view.waiting_for else "waiting for room"
+        case State.STARTING:
+            return "spawning"
+        case State.LOADING:
+            return (worker.stage if worker else "") or "spawning"
+        case _:
+            return ""
+
+
+def _failure(failure: Failure | None) -> dict[str, Any] | None:
+    if failure is None:
+        return None
+    return {"at": failure.at, "reason": failure.reason, "stderr_tail": list(failure.stderr_tail)}
 
 
 def _model(server: Server, view: ModelView | None, name: str) -> dict[str, Any]:
@@ -70,8 +126,8 @@ def _model(server: Server, view: ModelView | None, name: str) -> dict[str, Any]:
         "name": name,
         "state": view.state if view else State.UNLOADED,
         "state_seconds": round(time.monotonic() - view.since, 3) if view else None,
-        "stage": worker.stage if worker else "",
-        "fraction": worker.fraction if worker else 0.0,
+        "stage": _stage(view, worker),
+        "fraction": worker.fraction if worker and view and view.state is State.LOADING else 0.0,
         "pid": worker.pid if worker else None,
         "memory_bytes": worker.memory_bytes if worker else 0,
         "reserved_bytes": view.reserved_bytes if view else 0,
@@ -86,16 +142,21 @@ def _model(server: Server, view: ModelView | None, name: str) -> dict[str, Any]:
         "expires_at": None if left is None or left == float("inf") else time.time() + left,
         "loads": view.loads if view else 0,
         "failures": view.failures if view else 0,
+        "retry_in_seconds": None
+        if view is None or view.state not in _PAUSED
+        else round(max(view.retry_at - time.monotonic(), 0.0), 3),
         "reason": view.reason if view else "",
+        "last_failure": _failure(server.supervisor.last_failure(name)),
         "last_swap": swap.as_dict() if swap else None,
     }
 
 
 async def load(request: Request) -> Response:
-    """Load a model and answer when it is ready."""
+    """Load a model and answer when it is ready; forgets earlier failures."""
     server = server_of(request)
     plan = server.plan(await server.resolve(request.path_params["name"]))
-    waited = await unless_client_leaves(request.receive, load_only(server.door, plan))
+    wishes = read_wishes(request, explicit=True)
+    waited = await unless_client_leaves(request.receive, load_only(server, plan, wishes))
     return _json({"name": plan.spec.name, "state": State.READY, "waited_seconds": round(waited, 3)})
 
 
@@ -108,10 +169,73 @@ async def unload(request: Request) -> Response:
     return _json({"name": name, "state": state})
 
 
+async def pin(request: Request) -> Response:
+    """Never evict this model, nor unload it when it is idle, until it is unpinned or the router ends."""
+    return await _set_pin(request, pinned=True)
+
+
+async def unpin(request: Request) -> Response:
+    return await _set_pin(request, pinned=False)
+
+
+async def _set_pin(request: Request, *, pinned: bool) -> Response:
+    server = server_of(request)
+    plan = server.plan(await server.resolve(request.path_params["name"]))
+    server.supervisor.pin(plan, pinned)
+    await server.supervisor.settled()
+    view = server.supervisor.view(plan.spec.name)
+    return _json({"name": plan.spec.name, "state": view.state if view else State.UNLOADED, "pinned": pinned})
+
+
+async def plan(request: Request) -> Response:
+    """What loading a model would do now: who would go, whom it would wait for, would it fit. Does nothing."""
+    server = server_of(request)
+    asked = convert(read_object(await read_body(request)), _PlanBody)
+    entry = await server.resolve(asked.model)
+    load_plan = server.plan(entry)
+    forecast = server.supervisor.forecast(load_plan.spec)
+    sizes = {view.name: view.reserved_bytes for view in server.supervisor.views()}
+    estimate = entry.estimate(load_plan.context_tokens)
+    measured = server.supervisor.measured(load_plan.measured_as)
+    return _json(
+        {
+            "model": forecast.model,
+            "state": forecast.state,
+            "action": forecast.action,
+            "reason": forecast.reason,
+            "fits": forecast.estimate_bytes <= forecast.budget_bytes,
+            "estimate_bytes": forecast.estimate_bytes,
+            "estimate": {
+                "loaded_bytes": estimate.loaded_bytes,
+                "cache_bytes": estimate.cache_bytes,
+                "work_bytes": estimate.work_bytes,
+                "measured_bytes": measured.loaded_bytes if measured is not None else None,
+                "fixed_by_configuration": load_plan.spec.fixed,
+            },
+            "budget_bytes": forecast.budget_bytes,
+            "reserved_bytes": forecast.reserved_bytes,
+            "evict": [
+                {"model": name, "reserved_bytes": sizes[name], "drains_first": name in forecast.drain}
+                for name in forecast.evict
+            ],
+            "wait_for": list(forecast.wait_for),
+            "pinned": list(forecast.pinned),
+            "wait_seconds": None if forecast.wait_seconds is None else round(forecast.wait_seconds, 3),
+        }
+    )
+
+
+async def events(request: Request) -> Response:
+    """Server-sent events of everything that happens; ``Last-Event-ID`` continues where a client broke off."""
+    last = request.headers.get("last-event-id", "")
+    after = int(last) if last.isdigit() else None
+    return HappeningStream(server_of(request).supervisor.happenings, after)
+
+
 async def _until_gone(server: Server, name: str) -> State:
     while True:
         await server.supervisor.settled()
-        view = next((view for view in server.supervisor.views() if view.name == name), None)
+        view = server.supervisor.view(name)
         if view is None or view.worker is None or view.in_flight or view.queued:
             return view.state if view else State.UNLOADED
         await server.supervisor.wait_change()
@@ -124,4 +248,8 @@ def routes() -> list[BaseRoute]:
         Route("/admin/status", status),
         Route("/admin/models/{name:path}/load", load, methods=["POST"]),
         Route("/admin/models/{name:path}/unload", unload, methods=["POST"]),
+        Route("/admin/models/{name:path}/pin", pin, methods=["POST"]),
+        Route("/admin/models/{name:path}/unpin", unpin, methods=["POST"]),
+        Route("/admin/plan", plan, methods=["POST"]),
+        Route("/admin/events", events),
     ]

@@ -19,10 +19,12 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from mlx_router_server.api.disconnect import ClientLeft, unless_client_leaves
-from mlx_router_server.api.server import Door
+from mlx_router_server.api.heartbeat import Heartbeat, beating
+from mlx_router_server.api.server import Server
 from mlx_router_server.dialects.call import Call, Moment, StreamRenderer, Transcript
-from mlx_router_server.dialects.statuses import retry_after, status_of
-from mlx_router_server.workers.supervisor import Lease, LoadPlan
+from mlx_router_server.dialects.statuses import for_the_public, retry_after, status_of
+from mlx_router_server.workers.lease import Lease
+from mlx_router_server.workers.plan import LoadPlan, Wishes
 from mlx_router_shared.errors import EngineFailed, MlxRouterError, error_from_code
 from mlx_router_shared.generation import Event, Failure, ToolCallDelta
 
@@ -41,23 +43,25 @@ class AnswerStyle:
     whole_media_type: str = "application/json"
 
 
-async def load_only(door: Door, plan: LoadPlan, keep_alive_seconds: float | None = None) -> float:
+async def load_only(server: Server, plan: LoadPlan, wishes: Wishes) -> float:
     """Have a model loaded and use it for nothing. Returns the seconds that took."""
-    async with door.acquire(plan, keep_alive_seconds=keep_alive_seconds) as lease:
+    async with server.door.acquire(plan, wishes) as lease:
         return lease.waited_seconds
 
 
 class Answer:
     """The response to one call; the clock starts when it is made."""
 
-    def __init__(self, door: Door, plan: LoadPlan, call: Call, style: AnswerStyle) -> None:
-        self._door = door
+    def __init__(self, server: Server, plan: LoadPlan, call: Call, wishes: Wishes, style: AnswerStyle) -> None:
+        self._server = server
         self._plan = plan
         self._call = call
+        self._wishes = wishes
         self._style = style
         self._received = time.monotonic()
         self._loaded = self._received
         self._begun = False
+        self._heartbeat = Heartbeat()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope.get("state", {}).get("request_id", "")
@@ -71,14 +75,15 @@ class Answer:
         if self._call.ignored:
             log.info("event=options_without_meaning request=%s names=%r", request_id, ",".join(self._call.ignored))
         outcome = "ok"
+        happenings = self._server.supervisor.happenings
+        happenings.tell("request", request=request_id, model=self._plan.spec.name, stream=self._call.stream)
         try:
-            keep_alive = self._call.keep_alive_seconds
-            async with self._door.acquire(self._plan, keep_alive_seconds=keep_alive) as lease:
-                self._loaded = time.monotonic()
-                if renderer is None:
+            if renderer is None:
+                async with self._server.door.acquire(self._plan, self._wishes, label=request_id) as lease:
+                    self._loaded = time.monotonic()
                     await self._send_whole(lease, send)
-                else:
-                    await self._send_stream(lease, renderer, send)
+            else:
+                await self._send_stream(renderer, request_id, send)
         except asyncio.CancelledError:
             outcome = "client_left"
             raise
@@ -95,6 +100,10 @@ class Answer:
                 self._seconds(),
                 self._loaded - self._received,
             )
+            happenings.tell(
+                "request_ended", request=request_id, model=self._plan.spec.name, outcome=outcome,
+                seconds=round(self._seconds(), 3), load_seconds=round(self._loaded - self._received, 3),
+            )  # fmt: skip
 
     async def _send_whole(self, lease: Lease, send: Send) -> None:
         transcript = Transcript()
@@ -105,20 +114,35 @@ class Answer:
         body = msgspec.json.encode(self._style.whole(transcript, self._moment()))
         await self._send_json(200, body, self._style.whole_media_type, {}, send)
 
-    async def _send_stream(self, lease: Lease, renderer: StreamRenderer, send: Send) -> None:
-        async with aclosing(self._events(lease)) as batches:
-            async for events in batches:
-                moment = self._moment()
-                data = b""
-                if not self._begun:
-                    self._begun = True
-                    headers = [(b"content-type", renderer.media_type.encode()), (b"cache-control", b"no-cache")]
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
-                    data = renderer.start(moment)
-                data += b"".join(renderer.on(event, moment) for event in events)
-                if data:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+    async def _send_stream(self, renderer: StreamRenderer, request_id: str, send: Send) -> None:
+        """The wait for the model is part of the stream: it may need signs of life."""
+
+        async def beat() -> None:
+            moment = self._moment()
+            await self._send_part(renderer, renderer.keep_alive(moment), moment, send)
+
+        async with (
+            beating(self._heartbeat, self._server.settings.heartbeat_seconds, beat),
+            self._server.door.acquire(self._plan, self._wishes, label=request_id) as lease,
+        ):
+            self._loaded = time.monotonic()
+            async with aclosing(self._events(lease)) as batches:
+                async for events in batches:
+                    moment = self._moment()
+                    data = b"".join(renderer.on(event, moment) for event in events)
+                    await self._send_part(renderer, data, moment, send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_part(self, renderer: StreamRenderer, data: bytes, moment: Moment, send: Send) -> None:
+        """Frames, after the status line if they are the first."""
+        if not self._begun:
+            self._begun = True
+            headers = [(b"content-type", renderer.media_type.encode()), (b"cache-control", b"no-cache")]
+            data = renderer.start(moment) + data
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if data:
+            self._heartbeat.sent(self._received + moment.total_seconds)
+            await send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _events(self, lease: Lease) -> AsyncGenerator[list[Event], None]:
         """The events of the worker; a failure is raised after what came before it."""
@@ -141,6 +165,7 @@ class Answer:
                 raise error
 
     async def _send_error(self, error: MlxRouterError, renderer: StreamRenderer | None, send: Send) -> None:
+        error = for_the_public(error)
         if renderer is not None and self._begun:
             await send({"type": "http.response.body", "body": renderer.fail(error), "more_body": False})
             return

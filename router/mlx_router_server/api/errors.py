@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse, Response
 from mlx_router_server.api.disconnect import ClientLeft
 from mlx_router_server.api.server import BodyTooLarge
 from mlx_router_server.dialects import ollama_answers, openai_answers
-from mlx_router_server.dialects.statuses import retry_after, status_of
+from mlx_router_server.dialects.statuses import for_the_public, retry_after, status_of
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError
 
 __all__ = ["install"]
@@ -42,6 +42,7 @@ def _json(request: Request, error: MlxRouterError, status: int, headers: dict[st
 
 async def _known(request: Request, error: Exception) -> Response:
     assert isinstance(error, MlxRouterError)
+    error = for_the_public(error)
     wait = retry_after(error)
     headers = {"retry-after": str(wait)} if wait is not None else None
     return _json(request, error, 413 if isinstance(error, BodyTooLarge) else status_of(error), headers)

@@ -14,12 +14,13 @@ from starlette.routing import BaseRoute, Route
 from mlx_router_server.api.answer import Answer, AnswerStyle, load_only
 from mlx_router_server.api.disconnect import unless_client_leaves
 from mlx_router_server.api.server import Server, read_body, server_of
+from mlx_router_server.api.wishes import read_wishes
 from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.catalogue.safetensors import list_tensors
 from mlx_router_server.dialects import ollama_answers as answers
 from mlx_router_server.dialects.ollama_requests import GenerateCall, parse_chat, parse_generate, parse_show
-from mlx_router_server.lifecycle.record import ModelView
 from mlx_router_server.lifecycle.states import State
+from mlx_router_server.lifecycle.views import ModelView
 from mlx_router_shared.errors import InvalidRequest
 
 __all__ = ["OLLAMA_VERSION", "routes"]
@@ -114,11 +115,12 @@ async def _generate(request: Request, kind: Literal["chat", "generate"], asked: 
         raise InvalidRequest("model is required", param="model")
     entry = await server.resolve(asked.model)
     plan = server.plan(entry)
+    wishes = read_wishes(request, asked.keep_alive_seconds)
     if asked.call is None:
         if asked.keep_alive_seconds == 0:
-            server.supervisor.unload(plan.spec.name, "asked to by a client")
+            server.unload_for_client(plan.spec.name)
             return _json(answers.load_answer(kind, asked.model, time.time(), "unload"))
-        await unless_client_leaves(request.receive, load_only(server.door, plan, asked.keep_alive_seconds))
+        await unless_client_leaves(request.receive, load_only(server, plan, wishes))
         return _json(answers.load_answer(kind, asked.model, time.time(), "load"))
     server.check_capabilities(entry, asked.model, asked.call.needs)
     style = AnswerStyle(
@@ -127,7 +129,7 @@ async def _generate(request: Request, kind: Literal["chat", "generate"], asked: 
         error=answers.error_body,
         whole_media_type=_JSON,
     )
-    return Answer(server.door, plan, asked.call, style)
+    return Answer(server, plan, asked.call, wishes, style)
 
 
 def _head(entry: ModelEntry) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_router_server.api.answer import Answer, AnswerStyle
 from mlx_router_server.api.server import read_body, server_of
+from mlx_router_server.api.wishes import read_wishes
 from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.dialects import openai_answers as answers
 from mlx_router_server.dialects.call import Call
@@ -63,7 +64,7 @@ async def _answer(request: Request, kind: Literal["chat", "completion"], prefix:
         stream=lambda: answers.OpenAIStream(kind, answer_id, call.model, include_usage=call.include_usage),
         error=answers.error_body,
     )
-    return Answer(server.door, server.plan(entry), call, style)
+    return Answer(server, server.plan(entry), call, read_wishes(request, call.keep_alive_seconds), style)
 
 
 def routes() -> list[BaseRoute]:

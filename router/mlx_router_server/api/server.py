@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import fnmatch
+import logging
 import time
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from starlette.requests import Request
 
 from mlx_router_server.catalogue.catalogue import Catalogue
-from mlx_router_server.catalogue.entry import ModelEntry
+from mlx_router_server.catalogue.entry import Capability, ModelEntry
 from mlx_router_server.catalogue.names import parse_name
 from mlx_router_server.dialects.call import Needs
-from mlx_router_server.lifecycle.events import ModelSpec
-from mlx_router_server.lifecycle.record import ModelView
+from mlx_router_server.lifecycle.keepalive import KeepAlive
+from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.lifecycle.states import State
+from mlx_router_server.lifecycle.views import ModelView
 from mlx_router_server.settings import ModelSettings, Settings
-from mlx_router_server.workers.supervisor import Lease, LoadPlan, Supervisor
-from mlx_router_shared.errors import InvalidRequest, ModelNotFound, UnsupportedCapability
+from mlx_router_server.workers.lease import Lease
+from mlx_router_server.workers.plan import LoadPlan, Wishes
+from mlx_router_server.workers.supervisor import Supervisor
+from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFound, UnsupportedCapability
 
 __all__ = ["MAX_BODY_BYTES", "BodyTooLarge", "Door", "Server", "read_body", "server_of"]
 
+log = logging.getLogger(__name__)
+
 MAX_BODY_BYTES = 32 * 2**20
+_FOREIGN_NAMES: Final = "claude-*"
 
 
 class BodyTooLarge(InvalidRequest):
@@ -33,7 +41,7 @@ class Door(Protocol):
     """All that a handler may do with models."""
 
     def acquire(
-        self, plan: LoadPlan, *, keep_alive_seconds: float | None = None
+        self, plan: LoadPlan, wishes: Wishes = ..., *, label: str = ""
     ) -> AbstractAsyncContextManager[Lease]: ...
 
 
@@ -53,10 +61,38 @@ class Server:
     async def resolve(self, name: str) -> ModelEntry:
         """The model of that name; raises ``ModelNotFound`` or ``InvalidRequest``."""
         await self.catalogue.wait_ready()
-        entry = self.catalogue.resolve(name)
+        entry = self._resolve(name)
         if not self.settings.on_demand and not self._loaded(entry):
             raise ModelNotFound(f"model '{name}' not found: it is not loaded and on_demand is off", param="model")
         return entry
+
+    def _resolve(self, name: str) -> ModelEntry:
+        try:
+            return self.catalogue.resolve(name)
+        except ModelNotFound as error:
+            if not fnmatch.fnmatchcase(name.strip().lower(), _FOREIGN_NAMES):
+                raise
+            return self._stand_in(error)
+
+    def _stand_in(self, error: ModelNotFound) -> ModelEntry:
+        """For names that Anthropic's clients send unasked: the default model, or the one that is there anyway."""
+        if self.settings.default_model:
+            return self.catalogue.resolve(self.settings.default_model)
+        warm = [entry for entry in self.catalogue.entries()
+                if Capability.COMPLETION in entry.files.capabilities and self._loaded(entry)]  # fmt: skip
+        pinned = [entry for entry in warm if (view := self.view(entry)) is not None and view.pinned]
+        for candidates in (pinned, warm):
+            if len(candidates) == 1:
+                return candidates[0]
+        text = f"{error.message}: say under [name_map] in the configuration which model stands in for it"
+        raise ModelNotFound(text, param="model")
+
+    def unload_for_client(self, name: str) -> None:
+        """A client asks for it; raises ``InvalidRequest`` when the operator has pinned the model."""
+        view = self.supervisor.view(name)
+        if view is not None and view.pinned:
+            raise InvalidRequest(f"model '{name}' is pinned: only the operator can unload it", param="keep_alive")
+        self.supervisor.unload(name, "asked to by a client", by_client=True)
 
     def listed(self) -> list[ModelEntry]:
         """What can be asked for: everything, or with on_demand off what is loaded."""
@@ -64,22 +100,47 @@ class Server:
         return entries if self.settings.on_demand else [entry for entry in entries if self._loaded(entry)]
 
     def plan(self, entry: ModelEntry) -> LoadPlan:
-        """How this model would be loaded."""
+        """How this model would be loaded; what was measured of it before corrects the estimate."""
         said = self._model_settings(entry)
         context = said.context_length if said.context_length is not None else self.settings.context_length
-        keep_alive = said.keep_alive if said.keep_alive is not None else self.settings.keep_alive
+        parallel = max(self.settings.parallel, 1)
+        estimate = entry.estimate(context)
+        key = f"{entry.files.digest}:{context}:{parallel}"
+        measured = self.supervisor.measured(key)
+        needed = estimate.loaded_bytes + estimate.growth_bytes
+        if measured is not None:
+            needed = max(measured.loaded_bytes + estimate.growth_bytes, measured.peak_bytes)
         return LoadPlan(
             spec=ModelSpec(
                 name=entry.name.display,
-                estimate_bytes=said.memory or entry.estimate_bytes(context),
+                estimate_bytes=said.memory or needed,
+                growth_bytes=0 if said.memory else estimate.growth_bytes,
+                fixed=bool(said.memory),
+                load_seconds=measured.load_seconds if measured is not None else None,
                 pinned=said.pinned,
-                keep_alive_seconds=keep_alive,
+                keep_alive=KeepAlive(
+                    default=said.keep_alive if said.keep_alive is not None else self.settings.keep_alive,
+                    minimum=said.keep_alive_min,
+                    maximum=said.keep_alive_max,
+                    locked=said.keep_alive_lock,
+                ),
+                parallel=parallel,
             ),
             path=str(entry.path.absolute()),
             engine=entry.files.engine,
             context_tokens=context,
-            parallel=max(self.settings.parallel, 1),
+            parallel=parallel,
+            measured_as=key,
         )
+
+    def preload(self) -> None:
+        """Have the models that the configuration names loaded, in its order; returns at once."""
+        for name, said in self.settings.models.items():
+            if said.preload:
+                try:
+                    self.supervisor.want(self.plan(self.catalogue.resolve(name)), "preloaded")
+                except MlxRouterError as error:
+                    log.error("event=preload_failed model=%r error=%r", name, error.message)
 
     @staticmethod
     def check_capabilities(entry: ModelEntry, requested: str, needs: dict[Needs, str]) -> None:
@@ -89,7 +150,7 @@ class Server:
                 raise UnsupportedCapability(sentence.format(name=requested, full=entry.name.full), param="model")
 
     def view(self, entry: ModelEntry) -> ModelView | None:
-        return next((view for view in self.supervisor.views() if view.name == entry.name.display), None)
+        return self.supervisor.view(entry.name.display)
 
     def _loaded(self, entry: ModelEntry) -> bool:
         view = self.view(entry)

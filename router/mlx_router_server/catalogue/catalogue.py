@@ -7,6 +7,7 @@ the Hugging Face cache. The index is rebuilt in a thread, at start and whenever 
 from __future__ import annotations
 
 import asyncio
+import fnmatch
 import logging
 import os
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ class Sources:
     registered: tuple[Registered, ...] = ()
     folders: tuple[Path, ...] = ()
     hub: Path | None = None
+    name_map: tuple[tuple[str, str], ...] = ()
+    """Patterns of foreign names to names of ours; the first that fits counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +96,32 @@ class Catalogue:
         return dict(self._index.unservable)
 
     def resolve(self, requested: str) -> ModelEntry:
-        """The one rule for names, on all routes. Raises ``InvalidRequest`` or ``ModelNotFound``."""
-        if not requested.strip() and self._default_model:
-            requested = self._default_model
+        """The one rule for names, on all routes: a name of ours, an alias, the configured default for none or the word
+        ``default``, a mapped foreign name. Raises ``InvalidRequest`` or ``ModelNotFound``."""
         if not requested.strip():
-            raise InvalidRequest("model is required", param="model")
-        key = parse_name(requested).key
-        entry = self._index.entries.get(self._index.aliases.get(key, key))
+            if not self._default_model:
+                raise InvalidRequest("model is required", param="model")
+            requested = self._default_model
+        entry = self._find(requested)
+        if entry is None and requested.strip().lower() == "default" and self._default_model:
+            entry = self._find(self._default_model)
+        if entry is None:
+            entry = self._find_mapped(requested)
         if entry is None:
             raise ModelNotFound(f"model '{requested}' not found", param="model")
         return entry
+
+    def _find(self, name: str) -> ModelEntry | None:
+        key = parse_name(name).key
+        return self._index.entries.get(self._index.aliases.get(key, key))
+
+    def _find_mapped(self, requested: str) -> ModelEntry | None:
+        """A name of somebody else's, by the operator's patterns; never looked up anywhere."""
+        name = requested.strip().lower()
+        for pattern, ours in self._sources.name_map:
+            if fnmatch.fnmatchcase(name, pattern.lower()):
+                return self._find(ours)
+        return None
 
     # --------------------------------------------------------------- refreshing
 

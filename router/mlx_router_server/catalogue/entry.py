@@ -7,9 +7,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
+from mlx_router_server.catalogue.cache_size import CacheSize
 from mlx_router_server.catalogue.names import ModelName
 
-__all__ = ["Capability", "ModelEntry", "ModelFiles"]
+__all__ = ["Capability", "Estimate", "ModelEntry", "ModelFiles"]
 
 # A process with mlx-lm imported and a tokenizer loaded, measured: 75 MB and some.
 _PROCESS_BYTES: Final = 120 * 2**20
@@ -40,12 +41,29 @@ class ModelFiles:
     parameters: int
     quantization: str
     context_tokens: int
-    kv_bytes_per_token: int
+    cache: CacheSize
+    work_bytes: int
+    """Activations while a prompt is read."""
     capabilities: frozenset[Capability]
     info: dict[str, str | int | float] = field(default_factory=dict)
     """``model_info`` of ``/api/show``."""
     template: str = ""
     license: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a worker of this model is expected to need, by part."""
+
+    loaded_bytes: int
+    """Weights, and the process around them."""
+    cache_bytes: int
+    work_bytes: int
+
+    @property
+    def growth_bytes(self) -> int:
+        """What comes after the load."""
+        return self.cache_bytes + self.work_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +76,12 @@ class ModelEntry:
     """``demo``, ``config``, ``folder`` or ``hub``."""
     files: ModelFiles
 
-    def estimate_bytes(self, context_tokens: int) -> int:
-        """Memory of its worker: weights, cache for a usual context, and the process itself."""
+    def estimate(self, context_tokens: int) -> Estimate:
+        """Memory of its worker with a usual context."""
         context = min(context_tokens or self.files.context_tokens, self.files.context_tokens, _RESERVED_CONTEXT)
         process = _PROCESS_BYTES if self.files.engine == "mlx" else 0
-        return self.files.weights_bytes + self.files.kv_bytes_per_token * context + process
+        return Estimate(
+            loaded_bytes=self.files.weights_bytes + process,
+            cache_bytes=self.files.cache.bytes_for(context),
+            work_bytes=self.files.work_bytes,
+        )

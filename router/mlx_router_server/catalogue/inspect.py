@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mlx_router_server.catalogue.architectures import servable_architectures
+from mlx_router_server.catalogue.cache_size import CacheSize, estimate_cache, work_space
 from mlx_router_server.catalogue.entry import Capability, ModelFiles
 from mlx_router_server.catalogue.safetensors import WeightFacts, read_weights
 
@@ -77,7 +78,8 @@ def inspect_folder(folder: Path) -> ModelFiles:
         parameters=weights.parameters,
         quantization=f"{bits}bit" if bits else _UNPACKED_BITS.get(weights.dtype, weights.dtype or "unknown"),
         context_tokens=_number(text, "max_position_embeddings") or 4096,
-        kv_bytes_per_token=_kv_bytes(text),
+        cache=estimate_cache(text),
+        work_bytes=work_space(text),
         capabilities=_capabilities(folder, template),
         info=_info(model_type, text, weights),
         template=template,
@@ -100,7 +102,8 @@ def _fake_files(folder: Path) -> ModelFiles:
         parameters=0,
         quantization="none",
         context_tokens=_number(script, "context_tokens") or 4096,
-        kv_bytes_per_token=0,
+        cache=CacheSize(),
+        work_bytes=0,
         capabilities=frozenset({Capability.COMPLETION, Capability.TOOLS}),
         info={"general.architecture": "fake", "fake.context_length": _number(script, "context_tokens") or 4096},
     )
@@ -166,17 +169,6 @@ def _capabilities(folder: Path, template: str) -> frozenset[Capability]:
     if any(mark in template for mark in _THINK_MARKS):
         found.add(Capability.THINKING)
     return frozenset(found)
-
-
-def _kv_bytes(config: dict[str, Any]) -> int:
-    """Bytes of cache per token in half precision, for full attention in every layer: an upper bound."""
-    layers = _number(config, "num_hidden_layers") or 0
-    if (latent := _number(config, "kv_lora_rank")) is not None:
-        return layers * (latent + (_number(config, "qk_rope_head_dim") or 0)) * 2
-    heads = _number(config, "num_attention_heads") or 1
-    kv_heads = _number(config, "num_key_value_heads") or heads
-    head_dim = _number(config, "head_dim") or (_number(config, "hidden_size") or 0) // heads
-    return layers * 2 * kv_heads * head_dim * 2
 
 
 def _info(model_type: str, config: dict[str, Any], weights: WeightFacts) -> dict[str, str | int | float]:

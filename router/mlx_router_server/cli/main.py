@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     stop = _client(commands.add_parser("stop", help="stop the router, or unload MODEL"), models.stop)
     stop.add_argument("model", nargs="?", metavar="MODEL")
+    stop.add_argument("--timeout", type=float, metavar="SECONDS", help="how long to wait for the router to be gone")
     _table(_client(commands.add_parser("status", help="the router and every model"), models.status))
     _table(_client(commands.add_parser("ps", help="models that are loaded"), models.ps))
     listing = _table(_client(commands.add_parser("list", aliases=["ls"], help="models that can be asked for"), models.list_models))  # fmt: skip  # noqa: E501
@@ -74,6 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
     load.add_argument("model", metavar="MODEL")
     unload = _table(_client(commands.add_parser("unload", help="unload a model once it is idle"), models.unload))
     unload.add_argument("model", metavar="MODEL")
+
+    for name, command, text in (
+        ("pin", models.pin, "keep a model loaded whatever comes, until unpinned or the router ends"),
+        ("unpin", models.unpin, "let a pinned model go again"),
+        ("plan", models.plan, "what loading a model would do now; nothing is done"),
+    ):
+        _table(_client(commands.add_parser(name, help=text), command)).add_argument("model", metavar="MODEL")
 
     chat = _client(commands.add_parser("run", help="chat with a model, or answer one prompt"), run.run)
     chat.add_argument("model", metavar="MODEL")

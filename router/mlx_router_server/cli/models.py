@@ -16,11 +16,15 @@ from mlx_router_server.cli.client import ApiError, Client, NoRouter
 from mlx_router_server.cli.tables import ago, human_size, print_table, until
 from mlx_router_server.settings import Settings
 from mlx_router_server.version import __version__
+from mlx_router_server.workers.memory import machine_used_bytes, process_bytes
 
-__all__ = ["list_models", "load", "ps", "show", "status", "stop", "unload", "version"]
+__all__ = ["list_models", "load", "pin", "plan", "ps", "show", "status", "stop", "unload", "unpin", "version"]
 
 _NOT_RUNNING = ("unloaded", "backoff", "failed")
 _POLL_SECONDS = 0.02
+_BACK_SECONDS = 2.0
+_BACK_SHARE = 0.9
+_NOISE_BYTES = 64 * 2**20
 
 
 def _print_json(data: Any) -> int:
@@ -48,7 +52,7 @@ def ps(options: argparse.Namespace, settings: Settings) -> int:
     rows = [
         [
             m["name"],
-            m["state"] if not m["stage"] else f"{m['state']}: {m['stage']} {m['fraction']:.0%}",
+            _state_words(m),
             str(m["pid"] or "-"),
             human_size(m["memory_bytes"]),
             f"{m['in_flight']} / {m['queued']}",
@@ -60,6 +64,11 @@ def ps(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def _state_words(model: dict[str, Any]) -> str:
+    words = str(model["state"]) + (f": {model['stage']}" if model["stage"] else "")
+    return words + (f" {model['fraction']:.0%}" if model["state"] == "loading" else "")
+
+
 def status(options: argparse.Namespace, settings: Settings) -> int:
     client = Client(settings.url)
     data = client.get("/admin/status")
@@ -67,7 +76,8 @@ def status(options: argparse.Namespace, settings: Settings) -> int:
         return _print_json(data)
     router = data["router"]
     print(f"mlx-router {router['version']} at {client.url}, pid {router['pid']}, up {int(router['uptime_seconds'])} s")
-    print(f"memory: {human_size(router['reserved_bytes'])} of {human_size(router['budget_bytes'])} reserved")
+    used = f"{human_size(router['reserved_bytes'])} of {human_size(router['budget_bytes'])} reserved"
+    print(f"memory: {used}{_pressure(router['memory'])}")
     print()
     rows = [
         [
@@ -82,7 +92,19 @@ def status(options: argparse.Namespace, settings: Settings) -> int:
         for m in data["models"]
     ]
     print_table(["MODEL", "STATE", "MEMORY", "ACTIVE", "WAITING", "LOADS", "REASON"], rows)
+    if router["queue"]:
+        print()
+        waiting = [[str(w["position"]), w["model"], w["request"], str(w["priority"]), f"{w['waited_seconds']:.1f} s"]
+                   for w in router["queue"]]  # fmt: skip
+        print_table(["POSITION", "MODEL", "REQUEST", "PRIORITY", "WAITED"], waiting)
     return 0
+
+
+def _pressure(memory: dict[str, Any] | None) -> str:
+    if memory is None:
+        return ""
+    tight = "" if memory["pressure"] == "normal" else f", pressure {memory['pressure']}"
+    return f"; the machine has {human_size(memory['available_bytes'])} free{tight}"
 
 
 def show(options: argparse.Namespace, settings: Settings) -> int:
@@ -126,6 +148,53 @@ def unload(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def pin(options: argparse.Namespace, settings: Settings) -> int:
+    return _set_pin(options, settings, "pin")
+
+
+def unpin(options: argparse.Namespace, settings: Settings) -> int:
+    return _set_pin(options, settings, "unpin")
+
+
+def _set_pin(options: argparse.Namespace, settings: Settings, what: str) -> int:
+    data = Client(settings.url).post(f"/admin/models/{options.model}/{what}")
+    if options.json:
+        return _print_json(data)
+    print(f"{data['name']} is pinned until the router ends" if data["pinned"] else f"{data['name']} is not pinned")
+    return 0
+
+
+def plan(options: argparse.Namespace, settings: Settings) -> int:
+    """What loading a model would do now; nothing is done."""
+    data = Client(settings.url).post("/admin/plan", {"model": options.model})
+    if options.json:
+        return _print_json(data)
+    words = {"serve": "is served at once", "join": "joins a load that has begun", "load": "is loaded at once",
+             "evict": "is loaded once others have left", "wait": "waits", "refuse": "is refused"}  # fmt: skip
+    print(f"{data['model']} ({data['state']}): {words[data['action']]}: {data['reason']}")
+    free = data["budget_bytes"] - data["reserved_bytes"]
+    print(f"  needs     {human_size(data['estimate_bytes'])}, {_origin(data['estimate'])}")
+    print(f"  budget    {human_size(data['budget_bytes'])}, of which {human_size(max(free, 0))} are not reserved")
+    for victim in data["evict"]:
+        how = "finishes its requests and leaves" if victim["drains_first"] else "leaves"
+        print(f"  evicts    {victim['model']}: {how}, frees {human_size(victim['reserved_bytes'])}")
+    for label, names in (("waits for", data["wait_for"]), ("pinned", data["pinned"])):
+        if names:
+            print(f"  {label:<9} {', '.join(names)}")
+    if data["wait_seconds"] is not None:
+        print(f"  begins    in about {data['wait_seconds']:.1f} s")
+    return 0
+
+
+def _origin(estimate: dict[str, Any]) -> str:
+    if estimate["fixed_by_configuration"]:
+        return "as the configuration says"
+    growth = human_size(estimate["cache_bytes"] + estimate["work_bytes"])
+    if estimate["measured_bytes"] is not None:
+        return f"{human_size(estimate['measured_bytes'])} measured at an earlier load and {growth} for its caches"
+    return f"estimated: {human_size(estimate['loaded_bytes'])} loaded and {growth} for its caches"
+
+
 def stop(options: argparse.Namespace, settings: Settings) -> int:
     """Without a model: end the router, and say so only when it and its workers are gone."""
     client = Client(settings.url)
@@ -139,20 +208,35 @@ def stop(options: argparse.Namespace, settings: Settings) -> int:
         print(f"mlx-router: {client.url} is not an mlx-router; it is left alone", file=sys.stderr)
         return 1
     processes = _processes([pid, *data["router"]["standby_pids"], *(m["pid"] for m in data["models"] if m["pid"])])
+    held, used = sum(process_bytes(process.pid) for process in processes), machine_used_bytes()
     try:
         os.kill(pid, signal.SIGTERM)
     except (ProcessLookupError, PermissionError) as error:
         print(f"mlx-router: pid {pid} cannot be stopped: {error.strerror}", file=sys.stderr)
         return 1
-    limit = settings.drain_timeout_seconds + settings.stop_timeout_seconds + 20
+    limit = options.timeout or settings.drain_timeout_seconds + settings.stop_timeout_seconds + 20
     began = time.monotonic()
     while (alive := [process for process in processes if _lives(process)]) and time.monotonic() - began < limit:
         time.sleep(_POLL_SECONDS)  # they are not our children: there is nothing to wait on
     if alive:
         left = ", ".join(str(process.pid) for process in alive)
-        print(f"mlx-router: still running after {limit:.0f} s: pid {left}", file=sys.stderr)
+        print(f"mlx-router: still running after {limit:g} s: pid {left}", file=sys.stderr)
+        return 1
+    if missing := _memory_missing(held, used):
+        print(f"mlx-router: stopped, but {human_size(missing)} of memory are not back", file=sys.stderr)
         return 1
     print(f"stopped (pid {pid}, {time.monotonic() - began:.1f} s)")
+    return 0
+
+
+def _memory_missing(held: int, used_before: int) -> int:
+    """What the processes had and the machine did not get back, within the noise of other programs."""
+    wanted = int(held * _BACK_SHARE) - _NOISE_BYTES
+    began = time.monotonic()
+    while (returned := used_before - machine_used_bytes()) < wanted:
+        if time.monotonic() - began > _BACK_SECONDS:
+            return wanted - returned
+        time.sleep(_POLL_SECONDS)
     return 0
 
 

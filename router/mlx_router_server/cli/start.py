@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import errno
 import os
@@ -11,10 +12,12 @@ import socket
 import sys
 
 import uvicorn
+from starlette.applications import Starlette
 
+from mlx_router_server.api.server import Server
 from mlx_router_server.app import create_app
 from mlx_router_server.cli.client import Client, NoRouter
-from mlx_router_server.settings import Settings, SettingsError
+from mlx_router_server.settings import Settings, SettingsError, home_folder
 from mlx_router_server.telemetry.logs import configure_logs
 from mlx_router_server.version import __version__
 
@@ -30,8 +33,9 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
     if listener is None:
         return 1
     host, port = listener.getsockname()[:2]
+    app = create_app(settings, home_folder(dict(os.environ)))
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         lifespan="on",
         log_config=None,
         access_log=False,
@@ -41,11 +45,14 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     print(f"mlx-router {__version__} listens on http://{address}", file=sys.stderr, flush=True)
     received: list[int] = []
-    server = _Server(config, received)
+    server = _Server(config, app, received)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     listener.close()
     if not server.started:
+        return 1
+    if left := app.state.server.supervisor.left_behind:
+        print(f"mlx-router: worker processes that could not be ended: {', '.join(map(str, left))}", file=sys.stderr)
         return 1
     if received:
         # The service manager sees the truth: ended by this signal, after an orderly shutdown.
@@ -55,11 +62,20 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
 
 
 class _Server(uvicorn.Server):
-    """Remembers the first signal; uvicorn would raise it before the workers are seen gone."""
+    """Remembers the first signal; uvicorn would raise it before the workers are seen gone.
 
-    def __init__(self, config: uvicorn.Config, received: list[int]) -> None:
+    The first signal refuses whoever waits and lets run what runs; the second ends that, too; the third ends everything.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: Starlette, received: list[int]) -> None:
         super().__init__(config)
+        self._app = app
         self._received = received
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self):  # type: ignore[no-untyped-def]  # uvicorn's own signature has no useful type
@@ -72,9 +88,20 @@ class _Server(uvicorn.Server):
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._received.append(number)
-        if self.should_exit:
-            self.force_exit = True
         self.should_exit = True
+        if len(self._received) > 2:
+            self.force_exit = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._lead_out, len(self._received))
+
+    def _lead_out(self, signals: int) -> None:
+        server: Server | None = getattr(self._app.state, "server", None)
+        if server is None:
+            return  # the signal came before there was anything to lead out
+        if signals == 1:
+            server.supervisor.begin_leaving()
+        else:
+            server.supervisor.hasten()
 
 
 def _listen(settings: Settings) -> socket.socket | None:

@@ -69,6 +69,9 @@ class StreamRenderer(Protocol):
     def start(self, moment: Moment) -> bytes:
         """What goes out before the first event; may be empty."""
 
+    def keep_alive(self, moment: Moment) -> bytes:
+        """A sign of life that clients of this API pass over."""
+
     def on(self, event: Event, moment: Moment) -> bytes:
         """One event; ``Finish`` gives the terminal frames, ``Failure`` never comes here."""
 

@@ -101,6 +101,10 @@ class OllamaStream:
     def start(self, moment: Moment) -> bytes:
         return b""
 
+    def keep_alive(self, moment: Moment) -> bytes:
+        """A whole object without text: blank lines break Ollama's Python client."""
+        return self._line(_object(self._kind, self._model, moment, "", "", []))
+
     def on(self, event: Event, moment: Moment) -> bytes:
         match event:
             case TextDelta():

@@ -96,6 +96,10 @@ class OpenAIStream:
         self._created = int(moment.now)
         return self._chunk({"role": "assistant", "content": ""}) if self._kind == "chat" else b""
 
+    def keep_alive(self, moment: Moment) -> bytes:
+        """A comment, which every reader of server-sent events passes over."""
+        return b": waiting\n\n"
+
     def on(self, event: Event, moment: Moment) -> bytes:
         match event:
             case TextDelta():

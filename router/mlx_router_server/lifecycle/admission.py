@@ -6,6 +6,7 @@ its way out counts in full until its memory has been seen to come back.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 __all__ = ["Admit", "Blocked", "Evict", "Resident", "TooLarge", "Verdict", "Wait", "choose_admission", "human_bytes"]
@@ -19,8 +20,8 @@ class Resident:
     reserved_bytes: int
     leaving: bool
     """Draining or stopping: its room is spoken for."""
-    movable: bool
-    """Ready and not pinned: it may be asked to leave."""
+    movable_at: float
+    """From when on it may be asked to leave; infinite for what is pinned or not ready."""
     settling: bool
     """Still loading; it may be movable once it is ready."""
     in_flight: int
@@ -36,7 +37,11 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """There will be room: enough is leaving, or is busy becoming something that can leave."""
+    """There will be room: enough is leaving, or will be movable; ``until`` says when to look again at the latest."""
+
+    until: float = math.inf
+    models: tuple[str, ...] = ()
+    """In the way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +74,16 @@ def choose_admission(
     budget_bytes: int,
     max_loaded: int,
     residents: list[Resident],
+    now: float,
     promised_bytes: int = 0,
     promised_count: int = 0,
+    may_drain: bool = True,
 ) -> Verdict:
     """Decide about one model that wants to load.
 
     ``promised_*`` is room that models further ahead in the queue wait for. ``max_loaded`` 0 means no limit. Victims
-    are idle ones if those are enough, cheapest to bring back per byte freed first; busy ones only if they are not.
+    are idle ones if those are enough, cheapest to bring back per byte freed first; busy ones only if they are not, and
+    with ``may_drain`` false not at all.
     """
     if estimate_bytes > budget_bytes:
         return TooLarge(f"it needs {human_bytes(estimate_bytes)} and the budget is {human_bytes(budget_bytes)}")
@@ -84,26 +92,29 @@ def choose_admission(
     missing_count = len(residents) + promised_count + 1 - limit
     if missing_bytes <= 0 and missing_count <= 0:
         return Admit()
-    for resident in residents:
-        if resident.leaving:
-            missing_bytes -= resident.reserved_bytes
-            missing_count -= 1
+    leaving = [r for r in residents if r.leaving]
+    missing_bytes -= sum(r.reserved_bytes for r in leaving)
+    missing_count -= len(leaving)
     if missing_bytes <= 0 and missing_count <= 0:
-        return Wait()
-    movable = [r for r in residents if r.movable and not r.leaving]
+        return Wait(models=tuple(r.model for r in leaving))
+    movable = [r for r in residents if r.movable_at <= now and not r.leaving]
     idle = sorted((r for r in movable if not r.in_flight), key=_cost_to_bring_back)
     busy = sorted((r for r in movable if r.in_flight), key=lambda r: (r.in_flight, r.last_used))
     victims: list[Resident] = []
-    for resident in idle + busy:
+    for resident in idle + (busy if may_drain else []):
         if missing_bytes <= 0 and missing_count <= 0:
             break
         victims.append(resident)
         missing_bytes -= resident.reserved_bytes
         missing_count -= 1
     if missing_bytes > 0 or missing_count > 0:
-        if any(r.settling for r in residents):
-            return Wait()
-        return Blocked(tuple(r.model for r in residents if not r.movable and not r.leaving))
+        later = [r for r in residents if now < r.movable_at < math.inf and not r.leaving]
+        settling = [r for r in residents if r.settling]
+        in_use = [] if may_drain else busy
+        if later or settling or in_use or promised_count:  # who is ahead will be movable in time
+            until = min((r.movable_at for r in later), default=math.inf)
+            return Wait(until=until, models=tuple(r.model for r in later + settling + in_use))
+        return Blocked(tuple(r.model for r in residents if r.movable_at == math.inf and not r.leaving))
     return Evict(tuple(r.model for r in _without_needless(victims, missing_bytes, missing_count)))
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mlx_router_server.lifecycle.memory import MemoryReading
+from mlx_router_server.lifecycle.spec import ModelSpec, Share
+from mlx_router_server.lifecycle.states import State
 from mlx_router_shared.errors import MlxRouterError
 
 __all__ = [
+    "BudgetLearned",
     "CancelStreams",
     "Decided",
     "Effect",
@@ -14,12 +18,19 @@ __all__ = [
     "Grant",
     "LeaseRequested",
     "LeaseReturned",
-    "ModelSpec",
+    "LoadProgressed",
+    "LoadWanted",
+    "MemoryRead",
+    "Moved",
+    "PinChanged",
     "Refuse",
+    "SetShare",
+    "ShutdownHastened",
     "ShutdownRequested",
     "StartWorker",
     "StopWorker",
     "Ticked",
+    "TrimMemory",
     "UnloadRequested",
     "WorkerExited",
     "WorkerFailed",
@@ -27,17 +38,6 @@ __all__ = [
     "WorkerReclaimed",
     "WorkerStarted",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
-    """What has to be known of a model to decide about it."""
-
-    name: str
-    estimate_bytes: int
-    pinned: bool = False
-    keep_alive_seconds: float = 300.0
-    """For requests that do not say; infinite: for ever."""
 
 
 # ---------------------------------------------------------------------------------------------------- events
@@ -50,6 +50,11 @@ class LeaseRequested:
     ticket: str
     spec: ModelSpec
     keep_alive_seconds: float | None = None
+    priority: int = 0
+    deadline_seconds: float | None = None
+    """From now; a request that cannot begin by then is refused."""
+    explicit: bool = False
+    """An operator's load: clears what earlier failures left behind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +65,29 @@ class LeaseReturned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadWanted:
+    """A model shall be loaded for nobody in particular, if that costs nobody anything."""
+
+    spec: ModelSpec
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnloadRequested:
     """A model shall leave once nobody uses it; a model that is not loaded is left alone."""
 
     model: str
     reason: str = "requested"
+    by_client: bool = False
+    """Within what the operator allows: pins, minimum and lock of keep_alive hold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinChanged:
+    """The operator pins a model, or takes the pin off, until the router ends."""
+
+    spec: ModelSpec
+    pinned: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +95,14 @@ class WorkerStarted:
     """The worker of a model has said hello and was told to load."""
 
     worker: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProgressed:
+    """A worker tells how far its load is, from 0 to 1."""
+
+    worker: str
+    fraction: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +116,12 @@ class WorkerReady:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerFailed:
-    """The worker did not get its model loaded; it may still be alive."""
+    """The worker did not get its model loaded, or does not get on; it may still be alive."""
 
     worker: str
     error: MlxRouterError
+    hung: bool = False
+    """It does not do what it is told either: no use in asking it to leave."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +140,28 @@ class WorkerReclaimed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryRead:
+    """The machine's memory was looked at."""
+
+    reading: MemoryReading
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetLearned:
+    """A worker told what its device recommends; 0 wired bytes where nothing is wired."""
+
+    budget_bytes: int
+    wired_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShutdownRequested:
     """The router leaves: refuse, drain, stop everything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShutdownHastened:
+    """Now: running requests are ended with a visible error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,13 +172,19 @@ class Ticked:
 Event = (
     LeaseRequested
     | LeaseReturned
+    | LoadWanted
     | UnloadRequested
+    | PinChanged
     | WorkerStarted
+    | LoadProgressed
     | WorkerReady
     | WorkerFailed
     | WorkerExited
     | WorkerReclaimed
+    | MemoryRead
+    | BudgetLearned
     | ShutdownRequested
+    | ShutdownHastened
     | Ticked
 )
 
@@ -155,8 +214,24 @@ class StartWorker:
 
     worker: str
     model: str
+    share: Share
     waited_seconds: float
     """How long the first request has waited for room."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetShare:
+    """A measurement has changed what this worker may use."""
+
+    worker: str
+    share: Share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrimMemory:
+    """Have this worker give back what it keeps without needing it."""
+
+    worker: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +244,8 @@ class StopWorker:
     """The model that gets the room."""
     drain_seconds: float = 0.0
     """How long its last requests took to finish."""
+    hung: bool = False
+    """Begin the ladder at its second rung."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +253,16 @@ class CancelStreams:
     """The drain limit is over: end the running requests of this worker with a visible error."""
 
     worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """A model is in another state; for those who watch."""
+
+    model: str
+    old: State
+    new: State
     reason: str
 
 
@@ -188,4 +275,4 @@ class Decided:
     fields: dict[str, str | int | float] = field(default_factory=dict)
 
 
-Effect = Grant | Refuse | StartWorker | StopWorker | CancelStreams | Decided
+Effect = Grant | Refuse | StartWorker | SetShare | TrimMemory | StopWorker | CancelStreams | Moved | Decided

@@ -8,32 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import assert_never
 
-from mlx_router_server.lifecycle.admission import (
-    Admit,
-    Blocked,
-    Evict,
-    TooLarge,
-    Wait,
-    choose_admission,
-    human_bytes,
-)
-from mlx_router_server.lifecycle.backoff import FAILURES_BEFORE_GIVING_UP, pause_after
+from mlx_router_server.lifecycle import ends, room, service
+from mlx_router_server.lifecycle.books import Books, Limits
 from mlx_router_server.lifecycle.events import (
+    BudgetLearned,
     CancelStreams,
-    Decided,
     Effect,
     Event,
-    Grant,
     LeaseRequested,
     LeaseReturned,
+    LoadProgressed,
+    LoadWanted,
+    MemoryRead,
+    PinChanged,
     Refuse,
+    ShutdownHastened,
     ShutdownRequested,
-    StartWorker,
-    StopWorker,
     Ticked,
+    TrimMemory,
     UnloadRequested,
     WorkerExited,
     WorkerFailed,
@@ -41,392 +36,337 @@ from mlx_router_server.lifecycle.events import (
     WorkerReclaimed,
     WorkerStarted,
 )
-from mlx_router_server.lifecycle.record import ModelRecord, ModelView, Waiter
-from mlx_router_server.lifecycle.states import HOLDS_MEMORY, State, check_transition
+from mlx_router_server.lifecycle.forecast import expected_wait, forecast_load, retry_after
+from mlx_router_server.lifecycle.memory import MemoryReading, Pressure
+from mlx_router_server.lifecycle.queueing import BusyPolicy, Waiter
+from mlx_router_server.lifecycle.record import ModelRecord
+from mlx_router_server.lifecycle.spec import ModelSpec
+from mlx_router_server.lifecycle.states import State
+from mlx_router_server.lifecycle.views import LoadForecast, ModelView, WaiterView
 from mlx_router_shared.errors import (
     BackingOff,
-    MemoryPinned,
+    Busy,
+    MemoryPressure,
     MlxRouterError,
-    ModelTooLarge,
     Overloaded,
     ShuttingDown,
-    Unavailable,
     WaitedTooLong,
 )
 
 __all__ = ["Lifecycle", "Limits"]
 
-_WAITS_FOR_ROOM = (State.QUEUED, State.DRAINING, State.STOPPING)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What the operator allows; 0 loaded models means as many as fit."""
-
-    budget_bytes: int
-    max_loaded_models: int = 0
-    max_queue: int = 512
-    queue_timeout_seconds: float = 600.0
-    drain_timeout_seconds: float = 300.0
+_LEAVING = "the server is shutting down"
 
 
 class Lifecycle:
-    """Knows every model that was ever asked for since the start; the catalogue knows the others."""
+    """The door to the books; see ``room`` for loading, ``service`` for leases, ``ends`` for leaving."""
 
     def __init__(self, limits: Limits, new_worker_id: Callable[[], str]) -> None:
-        self._limits = limits
-        self._new_worker_id = new_worker_id
-        self._records: dict[str, ModelRecord] = {}
-        self._by_worker: dict[str, ModelRecord] = {}
-        self._by_ticket: dict[str, ModelRecord] = {}
+        self._books = Books(limits, new_worker_id)
         self._order = 0
-        self._leaving = False
-        self._effects: list[Effect] = []
 
     # ------------------------------------------------------------------ looking
 
-    def views(self) -> list[ModelView]:
-        return [record.view() for record in self._records.values()]
+    @property
+    def limits(self) -> Limits:
+        return self._books.limits
 
-    def view(self, model: str) -> ModelView | None:
-        record = self._records.get(model)
-        return record.view() if record else None
+    @property
+    def memory(self) -> MemoryReading | None:
+        """The last reading."""
+        return self._books.memory
 
     @property
     def reserved_bytes(self) -> int:
         """Promised to workers that are starting, loaded or on their way out."""
-        return sum(r.reserved_bytes for r in self._records.values() if r.state in HOLDS_MEMORY)
+        return self._books.reserved_bytes
 
     @property
     def waiting(self) -> int:
-        return sum(len(record.waiters) for record in self._records.values())
+        return self._books.waiting
 
     @property
     def workers(self) -> int:
-        return len(self._by_worker)
+        return len(self._books.by_worker)
+
+    def views(self) -> list[ModelView]:
+        return [record.view() for record in self._books.records.values()]
+
+    def view(self, model: str) -> ModelView | None:
+        record = self._books.records.get(model)
+        return record.view() if record else None
+
+    def queue(self, now: float) -> list[WaiterView]:
+        """Everybody who waits, in the order in which they would be served if all had the same model."""
+        waiting = [(waiter, record) for record in self._books.records.values() for waiter in record.queue]
+        waiting.sort(key=lambda pair: pair[0].rank(now))
+        return [
+            WaiterView(
+                ticket=waiter.ticket, model=record.spec.name, position=position, priority=waiter.priority,
+                since=waiter.since, given_up_at=waiter.given_up_at(loading=record.loading),
+            )
+            for position, (waiter, record) in enumerate(waiting, 1)
+        ]  # fmt: skip
+
+    def forecast(self, spec: ModelSpec, now: float) -> LoadForecast:
+        """What a request for this model would cause at this moment; changes nothing."""
+        return forecast_load(self._books, spec, now)
 
     def next_deadline(self) -> float:
         """When ``Ticked`` is due; infinite when nothing waits for the clock."""
         deadlines = [math.inf]
-        for record in self._records.values():
-            if record.state is State.READY and not record.leases and record.expires_at is not None:
-                deadlines.append(record.expires_at)
-            if record.state is State.DRAINING:
+        for record in self._books.records.values():
+            deadlines.append(service.next_expiry(record))
+            if record.queue:
+                deadlines.append(record.queue.next_deadline(loading=record.loading))
+            if record.state is State.QUEUED:
+                deadlines.append(record.look_again_at)
+            elif record.state is State.DRAINING:
                 deadlines.append(record.drain_deadline)
-            if record.state in _WAITS_FOR_ROOM and record.waiters:
-                oldest = next(iter(record.waiters.values()))
-                deadlines.append(oldest.since + self._limits.queue_timeout_seconds)
         return min(deadlines)
 
     # ----------------------------------------------------------------- deciding
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event at the time ``now`` (seconds, any origin, never backwards) and say what to do."""
-        self._effects = []
+        books = self._books
+        books.effects = []
         match event:
             case LeaseRequested():
                 self._lease_requested(event, now)
             case LeaseReturned():
-                self._lease_returned(event.ticket, now)
+                service.lease_returned(books, event.ticket, now)
+            case LoadWanted():
+                self._load_wanted(event, now)
             case UnloadRequested():
                 self._unload_requested(event, now)
+            case PinChanged():
+                self._pin_changed(event, now)
             case WorkerStarted():
-                if (record := self._by_worker.get(event.worker)) and record.state is State.STARTING:
-                    self._move(record, State.LOADING, now)
+                if (record := books.by_worker.get(event.worker)) and record.state is State.STARTING:
+                    books.move(record, State.LOADING, now)
+            case LoadProgressed():
+                if (record := books.by_worker.get(event.worker)) and record.state is State.LOADING:
+                    record.fraction = event.fraction
+                return books.effects  # nothing follows from it: it only makes forecasts better
             case WorkerReady():
-                self._worker_ready(event, now)
+                service.worker_ready(books, event, now)
             case WorkerFailed() | WorkerExited():
-                self._worker_failed(event.worker, event.error, now)
+                ends.worker_failed(books, event, now)
             case WorkerReclaimed():
-                self._worker_reclaimed(event.worker, now)
+                ends.reclaimed(books, event.worker, now)
+            case MemoryRead():
+                self._memory_read(event.reading, now)
+            case BudgetLearned():
+                books.limits = replace(books.limits, budget_bytes=event.budget_bytes, wired_bytes=event.wired_bytes)
             case ShutdownRequested():
                 self._shutdown_requested(now)
+            case ShutdownHastened():
+                self._shutdown_hastened()
             case Ticked():
                 self._ticked(now)
             case _:
                 assert_never(event)
-        self._admit_queued(now)
-        return self._effects
+        self._settle(now)
+        if isinstance(event, LeaseRequested):
+            self._refuse_if_busy(event.ticket, now)
+        return books.effects
 
-    def _move(self, record: ModelRecord, state: State, now: float) -> None:
-        check_transition(record.spec.name, record.state, state)
-        record.state = state
-        record.since = now
-
-    def _decided(self, what: str, model: str, **fields: str | int | float) -> None:
-        self._effects.append(Decided(what=what, model=model, fields=fields))
+    def _settle(self, now: float) -> None:
+        """Room for those who wait, leases for those who can have them, until nothing follows from anything."""
+        self._queue_wishes(now)
+        room.admit_queued(self._books, now)
+        room.keep_what_nobody_needs_gone(self._books, now)
+        while service.serve(self._books, now):
+            room.admit_queued(self._books, now)
 
     # ----------------------------------------------------------------- requests
 
     def _lease_requested(self, event: LeaseRequested, now: float) -> None:
-        record = self._records.setdefault(event.spec.name, ModelRecord(spec=event.spec, since=now))
-        record.spec = event.spec
+        books = self._books
+        record = books.record(event.spec, now)
+        if event.explicit and record.state in (State.BACKOFF, State.FAILED):
+            self._forgive(record)
+            books.move(record, State.UNLOADED, now)
         self._order += 1
-        if error := self._why_not(record, now):
-            self._effects.append(Refuse(ticket=event.ticket, error=error))
+        if error := self._why_not(record, event, now):
+            books.effects.append(Refuse(ticket=event.ticket, error=error))
             return
-        waiter = Waiter(event.ticket, self._order, now, event.keep_alive_seconds)
-        self._by_ticket[event.ticket] = record
-        if record.state is State.READY:
-            self._grant(record, waiter)
-            return
-        record.waiters[event.ticket] = waiter
+        limits = books.limits
+        short = limits.busy_policy is BusyPolicy.WAIT_THEN_FAIL
+        patience = limits.busy_wait_seconds if short else limits.queue_timeout_seconds
+        record.queue.add(
+            Waiter(
+                ticket=event.ticket, order=self._order, since=now, room_limit=now + patience,
+                deadline=math.inf if event.deadline_seconds is None else now + event.deadline_seconds,
+                priority=event.priority, keep_alive_seconds=event.keep_alive_seconds,
+            )
+        )  # fmt: skip
+        books.by_ticket[event.ticket] = record
         if record.state in (State.UNLOADED, State.BACKOFF, State.FAILED):
-            self._move(record, State.QUEUED, now)
+            books.move(record, State.QUEUED, now)
 
-    def _why_not(self, record: ModelRecord, now: float) -> MlxRouterError | None:
+    def _why_not(self, record: ModelRecord, event: LeaseRequested, now: float) -> MlxRouterError | None:
         """The reason to refuse a new ticket at once, if there is one."""
-        if self._leaving:
-            return ShuttingDown("the server is shutting down")
+        books = self._books
+        name = record.spec.name
+        if books.leaving:
+            return ShuttingDown(_LEAVING)
         failing = record.state in (State.BACKOFF, State.FAILED) or (record.state is State.STOPPING and record.failed)
         if failing and now < record.retry_at:
             pause = math.ceil(record.retry_at - now)
-            text = f"model '{record.spec.name}' failed and is tried again in {pause} s: {record.reason}"
+            text = f"model '{name}' failed and is tried again in {pause} s: {record.reason}"
             return BackingOff(text, retry_after_seconds=pause)
-        if record.state is not State.READY and self.waiting >= self._limits.max_queue:
-            return Overloaded("server busy, please try again.  maximum pending requests exceeded")
+        unloaded = record.state in (State.UNLOADED, State.BACKOFF, State.FAILED)
+        if unloaded and books.pressure is Pressure.CRITICAL:
+            text = f"model '{name}' is not loaded now: the machine is short of memory"
+            return MemoryPressure(text, retry_after_seconds=10)
+        served_at_once = record.state is State.READY and len(record.leases) + len(record.queue) < record.spec.parallel
+        if not served_at_once and books.waiting >= books.limits.max_queue:
+            text = "server busy, please try again.  maximum pending requests exceeded"
+            return Overloaded(text, retry_after_seconds=retry_after(books, record, now))
+        if event.deadline_seconds is not None:
+            wait = expected_wait(books, record, now)
+            if wait is not None and wait > event.deadline_seconds:
+                text = f"model '{name}' cannot begin within {event.deadline_seconds:g} s: about {math.ceil(wait)} s"
+                return WaitedTooLong(text, retry_after_seconds=max(1, math.ceil(wait)))
         return None
 
-    def _grant(self, record: ModelRecord, waiter: Waiter) -> None:
-        assert record.worker is not None
-        record.leases.add(waiter.ticket)
-        if waiter.keep_alive_seconds is not None:
-            record.keep_alive_seconds = waiter.keep_alive_seconds
-        self._effects.append(Grant(ticket=waiter.ticket, worker=record.worker))
+    def _refuse_if_busy(self, ticket: str, now: float) -> None:
+        """Policy ``fail``: a load of one's own is waited for, and idle models that leave for it; others are not."""
+        books = self._books
+        record = books.by_ticket.get(ticket)
+        if books.limits.busy_policy is not BusyPolicy.FAIL or record is None or ticket in record.leases:
+            return
+        leaving_for_it = (
+            record.state is State.QUEUED
+            and record.waiting_for
+            and all(books.records[name].evicted_for == record.spec.name for name in record.waiting_for)
+        )
+        if record.loading or leaving_for_it:
+            return
+        error = Busy(f"model '{record.spec.name}' cannot begin now: {record.reason or 'others are being served'}",
+                     retry_after_seconds=retry_after(books, record, now))  # fmt: skip
+        record.queue.remove(ticket)
+        books.by_ticket.pop(ticket)
+        books.effects.append(Refuse(ticket=ticket, error=error))
+        books.drop_if_unwanted(record, now)
 
-    def _lease_returned(self, ticket: str, now: float) -> None:
-        record = self._by_ticket.pop(ticket, None)
-        if record is None:
-            return
-        if ticket not in record.leases:
-            record.waiters.pop(ticket, None)
-            if record.state is State.QUEUED and not record.waiters:
-                self._move(record, State.UNLOADED, now)
-                record.waiting_for = ()
-            return
-        record.leases.discard(ticket)
-        record.last_used = now
-        if record.state in (State.READY, State.DRAINING):
-            record.failures = 0  # a request ended with the worker alive: whatever was wrong is over
-        if record.leases:
-            return
-        if record.state is State.DRAINING:
-            self._stop(record, record.reason, now)
-        elif record.state is State.READY:
-            self._rest(record, now)
+    # ----------------------------------------------------------------- operator
 
-    def _rest(self, record: ModelRecord, now: float) -> None:
-        """The model is idle: start its keep-alive, or let it go at once."""
-        record.expires_at = now + record.keep_alive
-        if record.keep_alive <= 0:
-            self._stop(record, "keep_alive is 0", now)
+    def _load_wanted(self, event: LoadWanted, now: float) -> None:
+        record = self._books.record(event.spec, now)
+        if record.state is State.UNLOADED and not self._books.leaving:
+            record.wanted = event.reason
+
+    def _queue_wishes(self, now: float) -> None:
+        """Models that are wanted by nobody in particular get in line when they are at rest."""
+        for record in self._books.in_state(State.UNLOADED):
+            if record.wanted and not self._books.leaving:
+                self._books.move(record, State.QUEUED, now)
 
     def _unload_requested(self, event: UnloadRequested, now: float) -> None:
-        record = self._records.get(event.model)
-        if record is None:
+        record = self._books.records.get(event.model)
+        if record is None or (event.by_client and record.pinned):
             return
         if record.state in (State.BACKOFF, State.FAILED):
-            record.failures, record.retry_at = 0, 0.0
-            self._move(record, State.UNLOADED, now)
-        elif record.state in (State.STARTING, State.LOADING, State.READY):
+            if not event.by_client:
+                self._forgive(record)
+                self._books.move(record, State.UNLOADED, now)
+        elif record.loading or record.state is State.READY:
             record.keep_alive_seconds = 0.0
-            record.expires_at = now
-            if record.state is State.READY and not record.leases:
-                self._stop(record, event.reason, now)
+            stays = record.keep_alive if event.by_client else 0.0
+            record.leaves_when_idle = stays <= 0
+            record.expires_at = now + stays
+            idle = record.state is State.READY and not record.leases and not record.queue
+            if idle and record.leaves_when_idle:
+                ends.stop(self._books, record, event.reason, now)
 
-    # ------------------------------------------------------------------ workers
+    @staticmethod
+    def _forgive(record: ModelRecord) -> None:
+        record.failures, record.retry_at = 0, 0.0
 
-    def _worker_ready(self, event: WorkerReady, now: float) -> None:
-        record = self._by_worker.get(event.worker)
-        if record is None or record.state is not State.LOADING:
-            return
-        self._move(record, State.READY, now)
-        record.was_ready = True
-        record.loads += 1
-        record.memory_bytes = event.memory_bytes
-        record.load_seconds = event.load_seconds
-        record.last_used = now
-        record.reason = ""
-        self._grant_waiters(record)
-        if not record.leases:
-            self._rest(record, now)
-        elif record.expires_at is None:
+    def _pin_changed(self, event: PinChanged, now: float) -> None:
+        record = self._books.record(event.spec, now)
+        record.pinned_by_operator = event.pinned
+        if record.expires_at is not None:
             record.expires_at = now + record.keep_alive
+        if event.pinned:
+            record.leaves_when_idle = False
 
-    def _grant_waiters(self, record: ModelRecord) -> None:
-        waiters, record.waiters = list(record.waiters.values()), {}
-        for waiter in waiters:
-            self._grant(record, waiter)
+    # ------------------------------------------------------------------- memory
 
-    def _worker_failed(self, worker: str, error: MlxRouterError, now: float) -> None:
-        record = self._by_worker.get(worker)
-        if record is None or record.state is State.STOPPING:
+    def _memory_read(self, reading: MemoryReading, now: float) -> None:
+        """Tight: give freed buffers back. Critical: one idle model leaves per reading, cheapest to bring back first."""
+        books = self._books
+        worse = reading.pressure > books.pressure
+        eased = reading.pressure < books.pressure
+        books.memory = reading
+        if worse or eased:
+            books.decided("memory_pressure", "", level=reading.pressure.name.lower(), available=reading.available_bytes)
+        if worse or reading.pressure is Pressure.CRITICAL:
+            for record in books.in_state(State.READY, State.DRAINING):
+                assert record.worker is not None
+                books.effects.append(TrimMemory(worker=record.worker))
+        if reading.pressure is not Pressure.CRITICAL or any(books.in_state(State.STOPPING)):
             return
-        record.failed = True
-        record.failures += 1
-        record.retry_at = now + pause_after(record.failures, served=record.was_ready)
-        for ticket in record.waiters if not record.was_ready else ():
-            self._by_ticket.pop(ticket, None)
-            self._effects.append(Refuse(ticket=ticket, error=error))
-        if not record.was_ready:
-            record.waiters = {}
-        self._decided("worker_failed", record.spec.name, reason=error.message, failures=record.failures)
-        self._stop(record, error.message, now)
-
-    def _worker_reclaimed(self, worker: str, now: float) -> None:
-        record = self._by_worker.pop(worker, None)
-        if record is None:
-            return
-        failed, record.failed = record.failed, False
-        for ticket in record.leases:  # of a worker that died: they must not count for the next one
-            self._by_ticket.pop(ticket, None)
-        record.leases.clear()
-        record.worker = None
-        record.reserved_bytes = record.memory_bytes = 0
-        record.keep_alive_seconds = record.expires_at = None
-        record.was_ready = False
-        record.evicted_for, record.drain_deadline = None, math.inf
-        if failed and now < record.retry_at:
-            given_up = record.failures >= FAILURES_BEFORE_GIVING_UP
-            self._refuse_waiters(record, BackingOff(f"model '{record.spec.name}' failed: {record.reason}"))
-            self._move(record, State.FAILED if given_up else State.BACKOFF, now)
-        else:
-            self._move(record, State.QUEUED if record.waiters else State.UNLOADED, now)
-
-    def _stop(self, record: ModelRecord, reason: str, now: float) -> None:
-        assert record.worker is not None
-        drained = now - record.since if record.state is State.DRAINING else 0.0
-        self._move(record, State.STOPPING, now)
-        record.reason = reason
-        self._decided("stopping", record.spec.name, reason=reason, worker=record.worker)
-        self._effects.append(
-            StopWorker(worker=record.worker, reason=reason, successor=record.evicted_for, drain_seconds=drained)
-        )
-
-    def _refuse_waiters(self, record: ModelRecord, error: MlxRouterError) -> None:
-        for ticket in record.waiters:
-            self._by_ticket.pop(ticket, None)
-            self._effects.append(Refuse(ticket=ticket, error=error))
-        record.waiters = {}
-
-    # --------------------------------------------------------------------- room
-
-    def _admit_queued(self, now: float) -> None:
-        """Give room to the models that wait for it, oldest first; a later one may pass only where it takes nothing."""
-        promised_bytes = promised_count = 0
-        queued = [r for r in self._records.values() if r.state is State.QUEUED and r.waiters]
-        for record in sorted(queued, key=lambda r: r.oldest):
-            verdict = choose_admission(
-                estimate_bytes=record.spec.estimate_bytes,
-                budget_bytes=self._limits.budget_bytes,
-                max_loaded=self._limits.max_loaded_models,
-                residents=[found for r in self._records.values() if (found := r.resident())],
-                promised_bytes=promised_bytes,
-                promised_count=promised_count,
-            )
-            match verdict:
-                case Admit():
-                    self._start(record, now)
-                    continue
-                case TooLarge():
-                    text = f"model '{record.spec.name}' is too large for this machine: {verdict.reason}"
-                    self._give_up(record, ModelTooLarge(text), now)
-                    continue
-                case Blocked():
-                    text = f"no memory for model '{record.spec.name}': it is held by pinned {', '.join(verdict.pinned)}"
-                    self._give_up(record, MemoryPinned(text, retry_after_seconds=30), now)
-                    continue
-                case Evict():
-                    record.waiting_for = verdict.victims
-                    for victim in verdict.victims:
-                        self._evict(self._records[victim], record, now)
-                case Wait():
-                    pass
-                case _:
-                    assert_never(verdict)
-            promised_bytes += record.spec.estimate_bytes
-            promised_count += 1
-
-    def _start(self, record: ModelRecord, now: float) -> None:
-        record.worker = self._new_worker_id()
-        self._by_worker[record.worker] = record
-        record.reserved_bytes = record.spec.estimate_bytes
-        record.waiting_for = ()
-        self._move(record, State.STARTING, now)
-        self._decided("loading", record.spec.name, reserved=human_bytes(record.reserved_bytes), worker=record.worker)
-        waited = now - next(iter(record.waiters.values())).since
-        self._effects.append(StartWorker(worker=record.worker, model=record.spec.name, waited_seconds=waited))
-
-    def _give_up(self, record: ModelRecord, error: MlxRouterError, now: float) -> None:
-        self._decided("refused", record.spec.name, reason=error.message)
-        self._refuse_waiters(record, error)
-        record.waiting_for = ()
-        self._move(record, State.UNLOADED, now)
-
-    def _evict(self, victim: ModelRecord, newcomer: ModelRecord, now: float) -> None:
-        reason = f"evicted for {newcomer.spec.name}"
-        victim.evicted_for = newcomer.spec.name
-        if not victim.leases:
-            self._stop(victim, reason, now)
-            return
-        victim.reason = reason
-        victim.drain_deadline = now + self._limits.drain_timeout_seconds
-        self._move(victim, State.DRAINING, now)
-        self._decided("draining", victim.spec.name, reason=reason, in_flight=len(victim.leases))
+        idle = [r for r in books.in_state(State.READY) if not r.leases and not r.queue and not r.stays]
+        if idle:
+            victim = min(idle, key=lambda r: (r.load_seconds / max(r.reserved_bytes, 1), r.last_used))
+            ends.stop(books, victim, "the machine is short of memory", now)
 
     # --------------------------------------------------------------------- time
 
     def _ticked(self, now: float) -> None:
-        for record in list(self._records.values()):
-            if record.state is State.DRAINING and now >= record.drain_deadline:
-                self._drain_limit_passed(record, now)
-            idle = record.state is State.READY and not record.leases
-            if idle and record.expires_at is not None and now >= record.expires_at:
-                self._stop(record, "idle for its keep_alive", now)
-            if record.state in _WAITS_FOR_ROOM:
-                self._refuse_late(record, now)
+        books = self._books
+        for record in books.in_state(State.DRAINING):
+            if now >= record.drain_deadline and (newcomer := ends.drain_limit_passed(books, record, now)):
+                limit = books.limits.drain_timeout_seconds
+                text = f"'{record.spec.name}' is still in use after {limit:g} s"
+                self._give_up_newcomer(newcomer, text, now)
+        for record in books.in_state(State.READY):
+            if now >= service.next_expiry(record):
+                ends.stop(books, record, "idle for its keep_alive", now)
+        for record in list(books.records.values()):
+            self._refuse_late(record, now)
 
-    def _drain_limit_passed(self, record: ModelRecord, now: float) -> None:
-        if record.evicted_for is None:
-            assert record.worker is not None
-            record.drain_deadline = math.inf
-            self._effects.append(CancelStreams(worker=record.worker, reason=record.reason))
-            return
-        # What runs is worth more than what waits: the old model is kept and the newcomer is told.
-        newcomer = self._records[record.evicted_for]
-        record.evicted_for, record.drain_deadline = None, math.inf
-        self._move(record, State.READY, now)
-        self._decided("kept", record.spec.name, reason="still in use at the drain limit")
-        self._grant_waiters(record)
+    def _give_up_newcomer(self, model: str, text: str, now: float) -> None:
+        newcomer = self._books.records[model]
         if newcomer.state is State.QUEUED:
-            text = f"'{record.spec.name}' is still in use after {self._limits.drain_timeout_seconds:g} s"
-            self._give_up(newcomer, WaitedTooLong(text, retry_after_seconds=30), now)
+            after = retry_after(self._books, newcomer, now)
+            room.give_up(self._books, newcomer, WaitedTooLong(text, retry_after_seconds=after), now)
 
     def _refuse_late(self, record: ModelRecord, now: float) -> None:
-        limit = self._limits.queue_timeout_seconds
-        late = [waiter for waiter in record.waiters.values() if now >= waiter.since + limit]
-        for waiter in late:
-            del record.waiters[waiter.ticket]
-            self._by_ticket.pop(waiter.ticket, None)
-            text = f"no room for model '{record.spec.name}' within {limit:g} s"
-            self._effects.append(Refuse(ticket=waiter.ticket, error=WaitedTooLong(text, retry_after_seconds=30)))
-        if late and record.state is State.QUEUED and not record.waiters:
-            record.waiting_for = ()
-            self._move(record, State.UNLOADED, now)
+        books = self._books
+        for waiter in record.queue.take_late(now, loading=record.loading):
+            waited = f"{now - waiter.since:.3g} s"
+            text = f"model '{record.spec.name}' could not begin within {waited}"
+            if record.reason:
+                text += f": {record.reason}"
+            error = WaitedTooLong(text, retry_after_seconds=retry_after(books, record, now))
+            books.decided("waited_too_long", record.spec.name, ticket=waiter.ticket, waited=waited)
+            books.refuse(waiter, error)
+        books.drop_if_unwanted(record, now)
+
+    # --------------------------------------------------------------- the router
 
     def _shutdown_requested(self, now: float) -> None:
-        self._leaving = True
-        error: Unavailable = ShuttingDown("the server is shutting down")
-        for record in self._records.values():
-            self._refuse_waiters(record, error)
-            if record.state is State.QUEUED:
-                self._move(record, State.UNLOADED, now)
-            elif record.state is State.READY and record.leases:
-                record.reason = "the server is shutting down"
-                record.drain_deadline = now + self._limits.drain_timeout_seconds
-                self._move(record, State.DRAINING, now)
-            elif record.state in (State.STARTING, State.LOADING, State.READY):
-                self._stop(record, "the server is shutting down", now)
+        books = self._books
+        books.leaving = True
+        for record in list(books.records.values()):
+            books.refuse_all(record, ShuttingDown(_LEAVING))
+            record.wanted = ""
+            books.drop_if_unwanted(record, now)
+            if record.state is State.READY:
+                ends.drain(books, record, _LEAVING, now, limit_seconds=books.limits.drain_timeout_seconds)
+            elif record.loading:
+                ends.stop(books, record, _LEAVING, now)
             elif record.state is State.DRAINING:
                 record.evicted_for = None
-                record.drain_deadline = now + self._limits.drain_timeout_seconds
+                record.drain_deadline = now + books.limits.drain_timeout_seconds
+
+    def _shutdown_hastened(self) -> None:
+        for record in self._books.in_state(State.DRAINING):
+            assert record.worker is not None
+            record.drain_deadline = math.inf
+            self._books.effects.append(CancelStreams(worker=record.worker, reason=_LEAVING))

@@ -1,4 +1,4 @@
-"""What is remembered of one model, and what others may see of it."""
+"""What is remembered of one model."""
 
 from __future__ import annotations
 
@@ -6,45 +6,14 @@ import math
 from dataclasses import dataclass, field
 
 from mlx_router_server.lifecycle.admission import Resident
-from mlx_router_server.lifecycle.events import ModelSpec
+from mlx_router_server.lifecycle.queueing import Turn, WaitQueue
+from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.lifecycle.states import HOLDS_MEMORY, State
+from mlx_router_server.lifecycle.views import ModelView
 
-__all__ = ["ModelRecord", "ModelView", "Waiter"]
+__all__ = ["ModelRecord"]
 
-
-@dataclass(frozen=True, slots=True)
-class Waiter:
-    """A ticket that was not granted yet; ``order`` counts requests of all models."""
-
-    ticket: str
-    order: int
-    since: float
-    keep_alive_seconds: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelView:
-    """A copy of the facts of one model: may inform, must never gate (they are old when they are read).
-
-    Times are those of the clock that was handed to the lifecycle.
-    """
-
-    name: str
-    state: State
-    since: float
-    worker: str | None
-    reserved_bytes: int
-    memory_bytes: int
-    in_flight: int
-    queued: int
-    pinned: bool
-    expires_at: float | None
-    """None while it is not loaded; infinite when it stays for ever."""
-    loads: int
-    failures: int
-    reason: str
-    """The last human sentence about why it is where it is."""
-    waiting_for: tuple[str, ...]
+_EWMA = 0.3
 
 
 @dataclass(slots=True)
@@ -54,44 +23,86 @@ class ModelRecord:
     spec: ModelSpec
     state: State = State.UNLOADED
     since: float = 0.0
+    queue: WaitQueue = field(default_factory=WaitQueue)
+    wanted: str = ""
+    """Why it shall be loaded although nobody waits: preload, or restoring; empty when it need not."""
+    reason: str = ""
+    pinned_by_operator: bool | None = None
+
+    # while it has a worker
     worker: str | None = None
     reserved_bytes: int = 0
     memory_bytes: int = 0
-    waiters: dict[str, Waiter] = field(default_factory=dict)
-    leases: set[str] = field(default_factory=set)
+    leases: dict[str, float] = field(default_factory=dict)
+    """By ticket: since when."""
+    fraction: float = 0.0
+    was_ready: bool = False
+    started_at: float = 0.0
+    ready_at: float = 0.0
+    idle_since: float = 0.0
+    turn: Turn | None = None
     keep_alive_seconds: float | None = None
     """The duration of the last request that named one, since the load."""
     expires_at: float | None = None
-    last_used: float = 0.0
-    load_seconds: float = 0.0
-    loads: int = 0
-    failures: int = 0
-    was_ready: bool = False
+    leaves_when_idle: bool = False
+    """Told to leave as soon as nobody uses it, whatever its keep-alive."""
     failed: bool = False
     """The worker that is being stopped failed; says where to go once it is gone."""
-    retry_at: float = 0.0
-    reason: str = ""
     drain_deadline: float = math.inf
     evicted_for: str | None = None
     """The model that wants the room; None when it leaves for another reason, and then in any case."""
+
+    # while it waits for room
+    yields_to: str | None = None
+    """Who got its room; goes first, however long somebody has waited for this one."""
     waiting_for: tuple[str, ...] = ()
+    look_again_at: float = math.inf
+    """When somebody in its way may be asked to leave."""
+    displaced: list[str] = field(default_factory=list)
+    """Who was evicted for it and may be brought back if it fails."""
+
+    # over all its workers
+    last_used: float = 0.0
+    load_seconds: float = 0.0
+    lease_seconds: float = 0.0
+    """A running mean of how long requests take; 0 when none was seen."""
+    loads: int = 0
+    failures: int = 0
+    retry_at: float = 0.0
+
+    @property
+    def pinned(self) -> bool:
+        return self.spec.pinned if self.pinned_by_operator is None else self.pinned_by_operator
 
     @property
     def keep_alive(self) -> float:
         """Seconds that an idle model stays; infinite: for ever."""
-        return self.spec.keep_alive_seconds if self.keep_alive_seconds is None else self.keep_alive_seconds
+        return math.inf if self.pinned else self.spec.keep_alive.effective(self.keep_alive_seconds)
 
     @property
     def stays(self) -> bool:
-        """Pinned by the operator, or asked to stay for ever by a request."""
-        return self.spec.pinned or self.keep_alive == math.inf
+        """Pinned by the operator, or asked to stay for ever by a request: never evicted."""
+        return self.keep_alive == math.inf
 
     @property
-    def oldest(self) -> int:
-        """The order of its first waiter."""
-        return next(iter(self.waiters.values())).order
+    def loading(self) -> bool:
+        return self.state in (State.STARTING, State.LOADING)
 
-    def resident(self) -> Resident | None:
+    def note_lease_end(self, seconds: float) -> None:
+        self.lease_seconds += _EWMA * (seconds - self.lease_seconds) if self.lease_seconds else seconds
+
+    def movable_at(self, min_residency_seconds: float) -> float:
+        """From when on it may be asked to leave; infinite: not at all."""
+        if self.state is not State.READY or self.stays:
+            return math.inf
+        if self.leaves_when_idle:
+            return self.ready_at
+        at = self.ready_at + min_residency_seconds
+        if self.turn is not None:
+            at = max(at, self.turn.over_at(idle_since=None if self.leases else self.idle_since))
+        return at
+
+    def resident(self, min_residency_seconds: float) -> Resident | None:
         """The record as admission sees it; None when it holds no memory."""
         if self.state not in HOLDS_MEMORY:
             return None
@@ -99,8 +110,8 @@ class ModelRecord:
             model=self.spec.name,
             reserved_bytes=self.reserved_bytes,
             leaving=self.state in (State.DRAINING, State.STOPPING),
-            movable=self.state is State.READY and not self.stays,
-            settling=self.state in (State.STARTING, State.LOADING) and not self.stays,
+            movable_at=self.movable_at(min_residency_seconds),
+            settling=self.loading and not self.stays,
             in_flight=len(self.leases),
             load_seconds=self.load_seconds,
             last_used=self.last_used,
@@ -115,11 +126,12 @@ class ModelRecord:
             reserved_bytes=self.reserved_bytes,
             memory_bytes=self.memory_bytes,
             in_flight=len(self.leases),
-            queued=len(self.waiters),
-            pinned=self.spec.pinned,
+            queued=len(self.queue),
+            pinned=self.pinned,
             expires_at=self.expires_at,
             loads=self.loads,
             failures=self.failures,
+            retry_at=self.retry_at,
             reason=self.reason,
             waiting_for=self.waiting_for,
         )

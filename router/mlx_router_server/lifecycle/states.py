@@ -14,7 +14,7 @@ class State(StrEnum):
     UNLOADED = "unloaded"
     """No process, nobody waits."""
     QUEUED = "queued"
-    """Somebody waits for it and there is no room yet."""
+    """It is wanted and there is no room yet."""
     STARTING = "starting"
     """Room is reserved; a worker process is being started or taken from standby."""
     LOADING = "loading"
@@ -32,7 +32,7 @@ class State(StrEnum):
 
 
 TRANSITIONS: Final[dict[State, dict[State, str]]] = {
-    State.UNLOADED: {State.QUEUED: "requested"},
+    State.UNLOADED: {State.QUEUED: "requested, preloaded or restored"},
     State.QUEUED: {
         State.STARTING: "room reserved",
         State.UNLOADED: "nobody waits any more, or refused",
@@ -45,7 +45,7 @@ TRANSITIONS: Final[dict[State, dict[State, str]]] = {
     },
     State.DRAINING: {
         State.STOPPING: "last request finished, or crashed",
-        State.READY: "drain limit passed: kept",
+        State.READY: "kept: drain limit passed, or nobody needs its room any more",
     },
     State.STOPPING: {
         State.UNLOADED: "memory is back",

@@ -31,6 +31,7 @@ from mlx_router_shared.protocol import (
     Shutdown,
     Stats,
     Step,
+    ToWorker,
 )
 from mlx_router_shared.protocol import LoadFailed as LoadFailedMessage
 
@@ -99,6 +100,14 @@ class WorkerHandle:
         self.exit_reason = ""
         self.on_exit: Callable[[], None] | None = None
         """Called when it is reaped, before anyone whose request it served is told."""
+        self.on_reaped: Callable[[int], None] | None = None
+        """Called with its pid when it is reaped; belongs to whoever started it."""
+        self.on_hello: Callable[[Hello], None] | None = None
+        self.on_loading: Callable[[Loading], None] | None = None
+        self.ready_sent_at = 0.0
+        """Wall clock, as the worker says."""
+        self.progress_at = self.started_at
+        """When work on requests last got on, or began."""
         self._link = link
         self._changed = asyncio.Event()
         self._load_error: MlxRouterError | None = None
@@ -117,6 +126,10 @@ class WorkerHandle:
     @property
     def open_requests(self) -> int:
         return len(self._inboxes)
+
+    def send(self, message: ToWorker) -> None:
+        """Raises ``WorkerDied`` when it cannot be reached."""
+        self._link.send(self.worker_id, message)
 
     # ----------------------------------------------------------------- handshake and load
 
@@ -162,6 +175,8 @@ class WorkerHandle:
         """
         self._requests += 1
         request_id = f"{self.worker_id}-{self._requests}"
+        if not self._inboxes:
+            self.progress_at = time.monotonic()
         inbox = self._inboxes[request_id] = _Inbox()
         ended = False
         try:
@@ -201,14 +216,18 @@ class WorkerHandle:
 
     # ------------------------------------------------------------------------------ end
 
-    async def stop(self, reason: str, limit_seconds: float) -> StopReport:
-        """Go down the ladder: ``Shutdown``, TERM, KILL, each with a limit of its own. Returns once it is reaped."""
+    async def stop(self, reason: str, limit_seconds: float, *, hung: bool = False) -> StopReport:
+        """Go down the ladder: ``Shutdown``, TERM, KILL, each with a limit of its own. Returns once it is reaped.
+
+        A worker that is known to be ``hung`` is not asked.
+        """
         started = time.monotonic()
         rung = "shutdown"
         try:
-            # The worker's own limit comes after TERM: it is for the case that we are gone by then.
-            self._link.send(self.worker_id, Shutdown(reason=reason, limit_seconds=limit_seconds + 2 * _TERM_SECONDS))
-            await self._exited_within(limit_seconds)
+            if not hung:
+                # The worker's own limit comes after TERM: it is for the case that we are gone by then.
+                self.send(Shutdown(reason=reason, limit_seconds=limit_seconds + 2 * _TERM_SECONDS))
+                await self._exited_within(limit_seconds)
         except WorkerDied:
             pass  # not connected yet, or not any more: TERM reaches it in any case
         if not self.exited.is_set():
@@ -234,6 +253,8 @@ class WorkerHandle:
         status = await self.process.wait()
         await self._hear_last_word(status)
         self._link.forget(self.worker_id)
+        if self.on_reaped is not None:
+            self.on_reaped(self.pid)
         self.exit_reason = self._broken or self.process.describe_exit(status)
         self.exited.set()
         self._changed.set()
@@ -261,6 +282,7 @@ class WorkerHandle:
     def _on_message(self, message: FromWorker) -> None:
         match message:
             case Step():
+                self.progress_at = time.monotonic()
                 for stream in message.streams:
                     inbox = self._inboxes.get(stream.request_id)
                     if inbox is not None and stream.events and not inbox.put(stream.events):
@@ -269,15 +291,22 @@ class WorkerHandle:
             case Hello():
                 self.hello = message
                 self.stage = ""
+                if self.on_hello is not None:
+                    self.on_hello(message)
             case Loading():
                 self.stage, self.fraction = message.stage, message.fraction
+                if self.on_loading is not None:
+                    self.on_loading(message)
             case Ready():
                 self.facts = message.facts
+                self.ready_sent_at = message.sent_at
             case LoadFailedMessage():
                 error = error_from_code(message.code, message.message)
                 self._load_error = error if type(error) is not MlxRouterError else LoadFailed(message.message)
             case Stats():
                 self.stats = message
+                if message.streams:
+                    self.progress_at = max(self.progress_at, time.monotonic() - message.step_age_seconds)
                 waiters, self._stats_waiters = self._stats_waiters, []
                 for waiter in waiters:
                     if not waiter.done():

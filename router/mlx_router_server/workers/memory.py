@@ -14,10 +14,15 @@ from typing import Final
 
 import psutil
 
-__all__ = ["default_budget", "machine_used_bytes", "process_bytes"]
+from mlx_router_server.lifecycle.memory import MemoryReading, Pressure
+from mlx_router_server.workers.cgroup import read_cgroup_memory
+
+__all__ = ["default_budget", "judge_pressure", "machine_used_bytes", "process_bytes", "read_memory", "wired_limit"]
 
 _KB: Final = 1024
 _MAC_SHARE: Final = 0.75  # of all memory, where the device has not told its working set yet
+_WARNING_SHARE: Final = 0.08
+_CRITICAL_SHARE: Final = 0.04
 _RESERVE_SHARE: Final = 0.1
 _RESERVE_MOST: Final = 2 * 2**30
 _RUSAGE_INFO_V0: Final = 0
@@ -62,28 +67,44 @@ def machine_used_bytes() -> int:
     return 0
 
 
-def default_budget() -> int:
-    """What models may use together when the operator does not say: what is free now, less a reserve."""
+def read_memory() -> MemoryReading:
+    """How much the machine, or the control group that this process is in, can still give."""
     memory = psutil.virtual_memory()
+    available, total = int(memory.available), int(memory.total)
     if sys.platform == "darwin":
-        return int(memory.total * _MAC_SHARE)
-    free = int(memory.available)
-    if (limit := _cgroup_free()) is not None:
-        free = min(free, limit)
+        level = _mac_sysctl("kern.memorystatus_vm_pressure_level")  # 1, 2 or 4, as the system itself judges
+        pressure = {2: Pressure.WARNING, 4: Pressure.CRITICAL}.get(level, Pressure.NORMAL)
+        return MemoryReading(available_bytes=available, total_bytes=total, pressure=pressure)
+    if (group := read_cgroup_memory()) is not None and group.available_bytes < available:
+        available, total = group.available_bytes, min(group.limit_bytes, total)
+    return MemoryReading(available_bytes=available, total_bytes=total, pressure=judge_pressure(available, total))
+
+
+def judge_pressure(available_bytes: int, total_bytes: int) -> Pressure:
+    """Linux has no word of its own for it: by the share that is left."""
+    share = available_bytes / max(total_bytes, 1)
+    if share < _CRITICAL_SHARE:
+        return Pressure.CRITICAL
+    return Pressure.WARNING if share < _WARNING_SHARE else Pressure.NORMAL
+
+
+def default_budget(reading: MemoryReading) -> int:
+    """What models may use together when the operator does not say: what is free now, less a reserve."""
+    if sys.platform == "darwin":
+        return wired_limit() or int(reading.total_bytes * _MAC_SHARE)
+    free = reading.available_bytes
     return free - min(int(free * _RESERVE_SHARE), _RESERVE_MOST)
 
 
-def _cgroup_free() -> int | None:
-    """What the control group of this process may still take; None without a limit."""
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit = Path(limit_file).read_text(encoding="ascii").strip()
-            used = int(Path(used_file).read_text(encoding="ascii"))
-        except (OSError, ValueError):
-            continue
-        if limit.isdigit():
-            return max(int(limit) - used, 0)
-    return None
+def wired_limit() -> int:
+    """What an administrator lets the GPU wire (macOS, ``sysctl iogpu.wired_limit_mb``); 0: the device's own limit."""
+    return _mac_sysctl("iogpu.wired_limit_mb") * 2**20 if sys.platform == "darwin" else 0
+
+
+def _mac_sysctl(name: str) -> int:
+    value = ctypes.c_uint64(0)
+    size = ctypes.c_size_t(8)
+    system = ctypes.CDLL(None)
+    if system.sysctlbyname(name.encode(), ctypes.byref(value), ctypes.byref(size), None, 0) != 0:
+        return 0
+    return int(value.value)

@@ -26,7 +26,7 @@ async def reclaim(handle: WorkerHandle, model: str, effect: StopWorker, limit_se
     """End the worker and wait until its memory is back, or until that has taken too long to go on waiting."""
     held = 0 if handle.exited.is_set() else process_bytes(handle.pid)
     used_before = machine_used_bytes()
-    report = await handle.stop(effect.reason, limit_seconds)
+    report = await handle.stop(effect.reason, limit_seconds, hung=effect.hung)
     began = time.monotonic()
     wanted = int(held * _BACK_SHARE) - _NOISE_BYTES
     # There is no event for this: the kernel has to be asked.

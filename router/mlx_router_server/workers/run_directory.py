@@ -1,5 +1,8 @@
 """The private folder of one router run: short, mode 0700, with a lock that dies with the router.
 
+Each worker is noted in it by its pid, so that the next run can end those that outlive their router: all of them should
+leave by themselves, and one that hangs does not.
+
 Short, because a socket's path may have 103 bytes on macOS, whose own temporary folder takes half of that. A ZeroMQ
 bind replaces whatever file is in its way, so the folder must be ours alone.
 """
@@ -7,15 +10,24 @@ bind replaces whatever file is in its way, so the folder must be ours alone.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Final
 
+import psutil
+
 __all__ = ["RunDirectory"]
 
+log = logging.getLogger(__name__)
+
 _PREFIX: Final = "mlxr-"
+_WORKER: Final = "w-"
+_SAME_SECONDS: Final = 0.02
+_GONE_SECONDS: Final = 5.0
 
 
 class RunDirectory:
@@ -38,6 +50,16 @@ class RunDirectory:
         """Where workers connect to."""
         return f"ipc://{self.path}/s"
 
+    def note_worker(self, pid: int) -> None:
+        """Written down when it is started, with its start time: pids are used again."""
+        try:
+            (self.path / f"{_WORKER}{pid}").write_text(repr(psutil.Process(pid).create_time()), encoding="ascii")
+        except (OSError, psutil.Error):
+            pass  # it is gone already
+
+    def forget_worker(self, pid: int) -> None:
+        (self.path / f"{_WORKER}{pid}").unlink(missing_ok=True)
+
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
@@ -56,6 +78,21 @@ class RunDirectory:
             except OSError:
                 continue  # its router lives
             else:
+                for note in left.glob(f"{_WORKER}*"):
+                    _end_leftover(note)
                 shutil.rmtree(left, ignore_errors=True)
             finally:
                 os.close(lock)
+
+
+def _end_leftover(note: Path) -> None:
+    """A worker of a router that was killed; it lost its pipe and should be gone, so it does not listen any more."""
+    try:
+        process = psutil.Process(int(note.name.removeprefix(_WORKER)))
+        same = abs(process.create_time() - float(note.read_text(encoding="ascii"))) < _SAME_SECONDS
+        if same and "mlx_router_worker" in process.cmdline():
+            log.warning("event=leftover_ended pid=%d", process.pid)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(_GONE_SECONDS)
+    except (OSError, ValueError, psutil.Error):
+        return  # gone, or not ours

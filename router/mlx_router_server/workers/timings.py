@@ -26,6 +26,11 @@ class EvictionTimings:
     """``returned``, ``stranded`` (not back within the limit) or ``unknown`` (it was gone before it could be read)."""
     rung: str
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, rounded to microseconds."""
+        values = {name: getattr(self, name) for name in EvictionTimings.__dataclass_fields__}
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
+
 
 @dataclass(slots=True, kw_only=True)
 class SwapTimings:
@@ -42,23 +47,19 @@ class SwapTimings:
     import_seconds: float = 0.0
     weights_seconds: float = 0.0
     warm_up_seconds: float = 0.0
+    ready_seen_seconds: float = 0.0
+    """From the worker's saying that it is ready to the router's knowing it."""
     first_token_seconds: float | None = None
     """From the first grant to the first token; None until there was one."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, rounded to microseconds."""
-        stages = ("waited", "spawn", "import", "weights", "warm_up", "first_token")
+        stages = ("waited", "spawn", "import", "weights", "warm_up", "ready_seen", "first_token")
         values = {f"{stage}_seconds": getattr(self, f"{stage}_seconds") for stage in stages}
         return {
             "model": self.model,
             "started_at": self.started_at,
             "standby": self.standby,
             **{name: None if value is None else round(value, 6) for name, value in values.items()},
-            "evictions": [
-                {
-                    name: round(value, 6) if isinstance(value := getattr(eviction, name), float) else value
-                    for name in EvictionTimings.__dataclass_fields__
-                }
-                for eviction in self.evictions
-            ],
+            "evictions": [eviction.as_dict() for eviction in self.evictions],
         }
