@@ -42,7 +42,8 @@ class Client:
         return self._whole("POST", path, body)
 
     def stream(self, path: str, body: Any) -> Generator[dict[str, Any], None, None]:
-        """The objects of an NDJSON answer, as they come; an error object raises ``ApiError``.
+        """The objects of an NDJSON answer, as they come; an error object raises ``ApiError``, and an answer that ends
+        without its last object ``NoRouter``.
 
         Closing the iterator closes the connection, which stops the generation.
         """
@@ -50,12 +51,16 @@ class Client:
         try:
             if response.status != 200:
                 raise _api_error(response.status, response.read())
+            whole = False
             while line := response.readline():
                 data = json.loads(line)
                 if "error" in data:
                     raise ApiError(500, data["error"])
+                whole = data.get("done") is True
                 yield data
-        except (OSError, http.client.HTTPException) as error:
+            if not whole:
+                raise ConnectionResetError("it ended in the middle of an answer")
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise NoRouter(f"the connection to {self.url} broke off: {error}") from None
         finally:
             response.close()

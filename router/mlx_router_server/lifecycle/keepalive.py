@@ -20,6 +20,6 @@ class KeepAlive:
 
     def effective(self, asked: float | None) -> float:
         """What holds when a request asks for so much; None asks for nothing."""
-        if asked is None or self.locked:
+        if self.locked:
             return self.default
-        return min(max(asked, self.minimum), self.maximum)
+        return min(max(self.default if asked is None else asked, self.minimum), self.maximum)

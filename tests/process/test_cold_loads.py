@@ -1,0 +1,204 @@
+"""What a client and an operator see while a model is on its way: signs of life, stages, progress, warm-up."""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import ollama
+import openai
+import pytest
+
+from tests.support.fakes import fake_config
+from tests.support.http import call
+from tests.support.router import RouterProcess, running_router, wait_until
+
+_SLOW_LOAD = {"load_seconds": 2.5, "tokens": 3}
+
+
+@pytest.mark.req("R19")
+def test_official_clients_with_a_short_read_timeout_survive_a_cold_start(home: Path) -> None:
+    """The load takes five times as long as they wait for a byte."""
+    with running_router(home, *fake_config(home, {"a": _SLOW_LOAD}, heartbeat_seconds=0.2)) as router:
+        client = openai.OpenAI(base_url=f"{router.url}/v1", api_key="none", timeout=0.5, max_retries=0)
+        messages: Any = [{"role": "user", "content": "go"}]
+        with client, ThreadPoolExecutor(2) as pool:
+
+            def by_openai() -> str:
+                chunks = client.chat.completions.create(model="a", messages=messages, stream=True)
+                return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+            def by_ollama() -> str:
+                patient = ollama.Client(host=router.url, timeout=0.5)
+                try:
+                    return "".join(part.message.content or "" for part in patient.chat("a", messages, stream=True))
+                finally:
+                    patient._client.close()
+
+            answers = [pool.submit(by_openai), pool.submit(by_ollama)]
+            assert {future.result(30) for future in answers} == {"a:latest-1 a:latest-2 a:latest-3 "}
+
+
+@pytest.mark.req("R19")
+def test_a_sign_of_life_is_a_comment_or_an_empty_object_and_an_error_after_it_is_told_in_the_stream(
+    home: Path,
+) -> None:
+    scripts: dict[str, dict[str, Any]] = {"a": {"load_seconds": 1.0, "fail_load": "broken"}}
+    with running_router(home, *fake_config(home, scripts, heartbeat_seconds=0.2)) as router:
+        body = {"model": "a", "prompt": "go", "messages": [{"role": "user", "content": "go"}], "stream": True}
+        sse = call(router, "POST", "/v1/chat/completions", body)
+        assert sse.status == 200, "the sign of life has committed it"
+        assert sse.body.count(b": waiting\n\n") >= 3
+        assert sse.body.endswith(b'"code":"load_failed"}}\n\n')
+        router.wait_state("a", "backoff")
+        call(router, "POST", "/admin/models/a/unload")
+        lines = call(router, "POST", "/api/chat", body).lines()
+        assert len(lines) >= 3
+        for line in lines[:-1]:
+            assert (line["message"], line["done"]) == ({"role": "assistant", "content": ""}, False)
+        assert lines[-1] == {"error": "broken"}
+
+
+def test_a_load_that_is_quick_gets_no_sign_of_life_and_its_errors_their_status(home: Path) -> None:
+    with running_router(home, *fake_config(home, {"a": {"fail_load": "broken"}})) as router:
+        reply = call(router, "POST", "/v1/completions", {"model": "a", "prompt": "go", "stream": True})
+        assert reply.status == 500
+
+
+class _Events:
+    """A listener of /admin/events in a thread; ``seen`` grows."""
+
+    def __init__(self, router: RouterProcess, last: int | None = None) -> None:
+        import http.client
+
+        parts = urlsplit(router.url)
+        self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
+        self._connection.request("GET", "/admin/events", headers={} if last is None else {"Last-Event-ID": str(last)})
+        self._response = self._connection.getresponse()
+        self.seen: list[tuple[int, str, dict[str, Any]]] = []
+        self.ended = threading.Event()
+        assert self._response.readline() == b": alive\n", "it listens from here on"
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        number, kind = 0, ""
+        while line := self._response.readline():
+            name, _, value = line.decode().rstrip("\n").partition(": ")
+            if name == "id":
+                number = int(value)
+            elif name == "event":
+                kind = value
+            elif name == "data":
+                self.seen.append((number, kind, json.loads(value)))
+        self.ended.set()
+
+    def close(self) -> None:
+        assert self.ended.wait(10), "the router has ended the stream"
+        self._thread.join(10)
+        self._response.close()
+        self._connection.close()
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [data for _, seen, data in self.seen if seen == kind]
+
+
+@pytest.mark.req("R17", "R19")
+def test_stages_of_a_load_are_seen_in_status_and_events(home: Path) -> None:
+    scripts: dict[str, dict[str, Any]] = {
+        "a": {"tokens": 100_000, "tokens_per_second": 50},
+        "b": {"load_seconds": 1.0, "warm_up_seconds": 0.5, "tokens": 2},
+    }
+    with (
+        running_router(home, *fake_config(home, scripts, max_loaded_models=1)) as router,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        events = _Events(router)
+        holding = router.client.stream("/api/generate", {"model": "a", "prompt": "go"})
+        next(holding)
+        answer = pool.submit(router.generate, "b")
+        assert router.wait_state("b", "queued")["stage"] == "waiting for a:latest to leave"
+        assert router.wait_state("a", "draining")["reason"] == "evicted for b:latest"
+        holding.close()
+        stages: list[str] = []
+
+        def watch() -> bool:
+            entry = router.model("b")
+            if entry["stage"] and entry["stage"] not in stages:
+                stages.append(entry["stage"])
+            if entry["stage"] == "weights":
+                assert 0 <= entry["fraction"] <= 1
+            return bool(entry["state"] == "ready")
+
+        wait_until(watch, "b is ready")
+        assert answer.result(20)["done"] is True
+        assert stages[-2:] == ["weights", "warm_up"]
+        wait_until(lambda: len(events.of("request_ended")) == 2, "both requests have ended")
+        moves = [(e["old"], e["new"]) for e in events.of("state") if e["model"] == "b:latest"]
+        assert moves == [("unloaded", "queued"), ("queued", "starting"), ("starting", "loading"), ("loading", "ready")]
+        fractions = [
+            e["fraction"] for e in events.of("loading") if e["stage"] == "weights" and e["model"] == "b:latest"
+        ]
+        assert len(fractions) > 3
+        assert fractions == sorted(fractions)
+        (loaded,) = [e for e in events.of("loaded") if e["model"] == "b:latest"]
+        assert [eviction["model"] for eviction in loaded["evictions"]] == ["a:latest"]
+        last = events.seen[-1][0]
+        again = _Events(router, last - 3)
+        wait_until(lambda: len(again.seen) >= 3, "what was missed is told again")
+        assert [number for number, _, _ in again.seen[:3]] == [last - 2, last - 1, last]
+        router.process.terminate()
+        events.close()
+        again.close()
+
+
+@pytest.mark.req("R16")
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ({"fail_warm_up": "kernels are on strike"}, "warm_up_failed .*kernels are on strike"),
+        ({"hang_at": "warm_up"}, "warm_up_left"),
+    ],
+)
+def test_a_warm_up_that_fails_or_hangs_costs_nothing_but_a_warning(
+    home: Path, script: dict[str, Any], line: str
+) -> None:
+    arguments = fake_config(home, {"a": {"tokens": 2, **script}}, warm_up_timeout_seconds=0.4)
+    with running_router(home, *arguments) as router:
+        assert router.generate("a")["done"] is True
+        router.wait_line(line)
+        assert router.model("a")["state"] == "ready"
+
+
+@pytest.mark.req("R19")
+def test_a_request_that_is_not_streamed_is_refused_when_the_load_takes_longer_than_it_waits(home: Path) -> None:
+    with running_router(home, *fake_config(home, {"a": {"load_seconds": 1.5, "tokens": 2}})) as router:
+        router.generate("a")
+        call(router, "POST", "/admin/models/a/unload")
+        reply = call(router, "POST", "/api/generate", {"model": "a", "prompt": "go", "stream": False},
+                     X_Deadline_Seconds="0.5")  # fmt: skip
+        assert reply.status == 503
+        assert reply.headers["retry-after"] == "2"
+        assert router.model("a")["state"] == "unloaded", "nothing was loaded for it"
+
+
+@pytest.mark.req("R11", "R45")
+def test_a_load_that_burns_a_core_leaves_the_others_served(home: Path) -> None:
+    """Everything is answered while the load goes on; how quickly is measured by the benchmark."""
+    scripts: dict[str, dict[str, Any]] = {"a": {"load_seconds": 3.0, "burn": True, "tokens": 2}, "b": {"tokens": 2}}
+    with running_router(home, *fake_config(home, scripts)) as router, ThreadPoolExecutor(1) as pool:
+        router.generate("b")
+        pid = router.model("b")["pid"]
+        loading = pool.submit(router.generate, "a")
+        router.wait_state("a", "loading")
+        for _ in range(30):
+            assert router.generate("b")["response"] == "b:latest-1 b:latest-2 "
+            assert router.client.get("/health")["status"] == "ok"
+        assert router.model("a")["state"] == "loading", "all of that while it was loading"
+        assert loading.result(20)["done"] is True
+        assert router.model("b")["pid"] == pid
+        assert router.model("b")["loads"] == 1
