@@ -16,6 +16,7 @@ from typing import Any, get_args
 from mlx_router_server.lifecycle.states import TRANSITIONS, State
 from mlx_router_server.settings import CONFIG_VERSION, describe_settings
 from mlx_router_shared import generation, protocol
+from tests.meta.requirements import LATER, REQUIREMENTS, marked_tests
 
 __all__ = ["EXAMPLE", "ROOT", "main", "render", "rendered_documents"]
 
@@ -71,6 +72,16 @@ def _states() -> str:
     lines += [f"    {old} --> {new}: {why}" for old, news in TRANSITIONS.items() for new, why in news.items()]
     lines += ["```", "", "| state | meaning |", "|---|---|"]
     lines += [f"| `{state}` | {docs[state.name]} |" for state in State]
+    return "\n".join(lines) + "\n"
+
+
+def _requirements() -> str:
+    tests = marked_tests(ROOT)
+    lines = ["| promise | | tests |", "|---|---|---|"]
+    for number, text in REQUIREMENTS.items():
+        later = " (a later release)" if number in LATER else ""
+        names = "<br>".join(f"`{name.removeprefix('tests/')}`" for name in tests.get(number, []))
+        lines.append(f"| {number} | {text}{later} | {names} |")
     return "\n".join(lines) + "\n"
 
 
@@ -132,6 +143,7 @@ def render(name: str) -> str:
             generation.GenerationRequest, generation.Message, generation.ToolCall, generation.Tool, generation.Sampling
         ),
         "states": _states,
+        "requirements": _requirements,
         "settings": _settings,
     }
     return parts[name]()

@@ -25,7 +25,7 @@ def test_rendered_parts_are_up_to_date(path: Path) -> None:
 
 def test_the_documents_with_rendered_parts_are_there() -> None:
     names = {path.name for path in _DOCUMENTS}
-    assert names == {"protocol.md", "states.md", "settings.md", EXAMPLE.name}
+    assert names == {"protocol.md", "states.md", "settings.md", "requirements.md", EXAMPLE.name}
 
 
 def test_the_example_configuration_holds_every_setting_at_its_default() -> None:

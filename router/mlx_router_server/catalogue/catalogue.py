@@ -7,6 +7,7 @@ the Hugging Face cache. The index is rebuilt in a thread, at start and whenever 
 from __future__ import annotations
 
 import asyncio
+import difflib
 import fnmatch
 import logging
 import os
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 DEMO_FOLDER: Final = Path(__file__).parent / "demo"
 _REFRESH_SECONDS: Final = 3.0
+_NEAR: Final = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +110,14 @@ class Catalogue:
         if entry is None:
             entry = self._find_mapped(requested)
         if entry is None:
-            raise ModelNotFound(f"model '{requested}' not found", param="model")
+            raise ModelNotFound(f"model '{requested}' not found{self._near(requested)}", param="model")
         return entry
+
+    def _near(self, requested: str) -> str:
+        """A word about names that may have been meant; all of them are listed to everybody."""
+        names = [entry.name.display.removesuffix(":latest") for entry in self._index.entries.values()]
+        close = difflib.get_close_matches(requested.strip().removesuffix(":latest"), names, n=2, cutoff=_NEAR)
+        return f", did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
 
     def _find(self, name: str) -> ModelEntry | None:
         key = parse_name(name).key
