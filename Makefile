@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Installed once with everything that development needs; repeated when the project file changes.
 
-.PHONY: docs help setup run test test-slow check lint types imports format bench demo-model clean
+.PHONY: docs help setup run test test-slow soak check lint types imports format bench demo-model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ test: $(INSTALLED) ## all tests that a change has to pass
 
 test-slow: $(INSTALLED) ## the long ones: many swaps of large models
 	$(BIN)/python -m pytest -m slow
+
+soak: $(INSTALLED) ## ten minutes of chaos with real processes; MINUTES=10
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)
 
 check: lint types imports test ## what the continuous integration runs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,14 +17,16 @@ from mlx_router_server.api.edge import Edge
 from mlx_router_server.api.server import Server
 from mlx_router_server.catalogue.catalogue import Catalogue, Registered, Sources
 from mlx_router_server.catalogue.discovery import hub_cache
-from mlx_router_server.lifecycle.books import Limits
+from mlx_router_server.lifecycle.limits import Limits
 from mlx_router_server.lifecycle.queueing import BusyPolicy
-from mlx_router_server.settings import Settings, home_folder, load_settings
+from mlx_router_server.settings import Settings, home_folder, load_settings, reloaded
 from mlx_router_server.workers.memory import default_budget, read_memory, wired_limit
 from mlx_router_server.workers.plan import SupervisorOptions
 from mlx_router_server.workers.supervisor import Supervisor
 
-__all__ = ["create_app", "create_app_from_environment"]
+__all__ = ["create_app", "create_app_from_environment", "reload"]
+
+log = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, home: Path | None = None) -> Starlette:
@@ -60,6 +63,14 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
 def create_app_from_environment() -> Starlette:
     """For ``uvicorn --factory mlx_router_server.app:create_app_from_environment``."""
     return create_app(load_settings({}, dict(os.environ)), home_folder(dict(os.environ)))
+
+
+async def reload(app: Starlette, new: Settings, home: Path | None = None) -> None:
+    """Have a running application follow other settings; says in the log which of them wait for the next start."""
+    server: Server = app.state.server
+    settings, waiting = reloaded(server.settings, new)
+    await server.reload(settings, _sources(settings), _options(settings, home))
+    log.info("event=reloaded models=%d waiting_for_restart=%r", len(settings.models), ",".join(waiting))
 
 
 async def _preload(server: Server) -> None:

@@ -7,6 +7,7 @@ after load; handlers get the object, never a copy of a value.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import os
@@ -27,8 +28,10 @@ __all__ = [
     "Settings",
     "SettingsError",
     "describe_settings",
+    "flags_of",
     "home_folder",
     "load_settings",
+    "reloaded",
 ]
 
 CONFIG_VERSION: Final = 1
@@ -130,8 +133,18 @@ def _names(value: object) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------ the table
 
 
-def _setting(default: Any, parse: Callable[[object], Any], text: str, *, unit: str = "", ollama: str = "") -> Any:
-    return dataclasses.field(default=default, metadata={"parse": parse, "help": text, "unit": unit, "ollama": ollama})
+def _setting(
+    default: Any,
+    parse: Callable[[object], Any],
+    text: str,
+    *,
+    unit: str = "",
+    ollama: str = "",
+    restart: bool = False,
+) -> Any:
+    """``restart``: a change takes effect when the router starts the next time, not when it reloads."""
+    metadata = {"parse": parse, "help": text, "unit": unit, "ollama": ollama, "restart": restart}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,8 +183,8 @@ _MODEL_KEYS: Final[dict[str, Callable[[object], Any]]] = {
 class Settings:
     """Everything the operator can decide."""
 
-    host: str = _setting("127.0.0.1", _text, "Address to listen on.")
-    port: int = _setting(11434, _port, "Port to listen on; 0 lets the system choose.")
+    host: str = _setting("127.0.0.1", _text, "Address to listen on.", restart=True)
+    port: int = _setting(11434, _port, "Port to listen on; 0 lets the system choose.", restart=True)
     models_dirs: tuple[Path, ...] = _setting((), _paths, "Folders with MLX models, as MODEL or ORG/MODEL below them.")
     hub_cache: bool = _setting(True, _boolean, "Serve the MLX models of the Hugging Face cache.")
     demo_model: bool = _setting(True, _boolean, "Register the bundled demo model as 'demo'.")
@@ -246,9 +259,11 @@ class Settings:
     )
     allowed_origins: tuple[str, ...] = _setting(
         (), _names, "Web origins that may use the server beside those of this machine; * allows all.",
-        ollama="OLLAMA_ORIGINS",
+        ollama="OLLAMA_ORIGINS", restart=True,
     )  # fmt: skip
-    log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "Least important lines to log.")
+    log_level: str = _setting(
+        "info", _one_of("debug", "info", "warning", "error"), "Least important lines to log.", restart=True
+    )
     models: dict[str, ModelSettings] = dataclasses.field(default_factory=dict)
     name_map: dict[str, str] = dataclasses.field(default_factory=dict)
     """Patterns of foreign names, with ``*``, to names of ours; the first that fits counts."""
@@ -263,6 +278,18 @@ class Settings:
 def describe_settings() -> list[dataclasses.Field[Any]]:
     """The fields that are settings, in their order; ``metadata`` has parse, help, unit and Ollama's variable."""
     return [field for field in dataclasses.fields(Settings) if "parse" in field.metadata]
+
+
+def flags_of(options: argparse.Namespace) -> dict[str, object]:
+    """What the command line says of settings; None for what it does not say."""
+    return {field.name: getattr(options, field.name, None) for field in describe_settings()}
+
+
+def reloaded(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
+    """What holds after a reload, and the names of settings that have to wait for the next start."""
+    fixed = [field.name for field in describe_settings() if field.metadata["restart"]]
+    waiting = [name for name in fixed if getattr(old, name) != getattr(new, name)]
+    return dataclasses.replace(new, **{name: getattr(old, name) for name in waiting}), waiting
 
 
 def home_folder(environment: dict[str, str]) -> Path:

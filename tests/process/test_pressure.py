@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlx_router_server.lifecycle.books import Limits
+from mlx_router_server.lifecycle.limits import Limits
 from mlx_router_server.lifecycle.memory import MemoryReading, Pressure
 from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.lifecycle.states import State

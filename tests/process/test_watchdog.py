@@ -36,6 +36,7 @@ def test_a_worker_that_stops_producing_is_ended_and_its_streams_are_told(home: P
         entry = router.model("a")
         assert (entry["in_flight"], entry["reserved_bytes"]) == (0, 0)
         assert "made no progress" in entry["last_failure"]["reason"]
+        assert router.status()["router"]["kill_incidents"] == 0, "its socket thread has ended it"
         assert router.generate("b")["done"] is True
 
 

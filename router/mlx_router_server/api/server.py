@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 from starlette.requests import Request
 
-from mlx_router_server.catalogue.catalogue import Catalogue
+from mlx_router_server.catalogue.catalogue import Catalogue, Sources
 from mlx_router_server.catalogue.entry import Capability, ModelEntry
 from mlx_router_server.catalogue.names import parse_name
 from mlx_router_server.dialects.call import Needs
@@ -21,7 +21,7 @@ from mlx_router_server.lifecycle.states import State
 from mlx_router_server.lifecycle.views import ModelView
 from mlx_router_server.settings import ModelSettings, Settings
 from mlx_router_server.workers.lease import Lease
-from mlx_router_server.workers.plan import LoadPlan, Wishes
+from mlx_router_server.workers.plan import LoadPlan, SupervisorOptions, Wishes
 from mlx_router_server.workers.supervisor import Supervisor
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFound, UnsupportedCapability
 
@@ -132,6 +132,13 @@ class Server:
             parallel=parallel,
             measured_as=key,
         )
+
+    async def reload(self, settings: Settings, sources: Sources, options: SupervisorOptions) -> None:
+        """Other settings from now on, all of them at once; requests that have begun keep theirs."""
+        await self.catalogue.reconfigure(sources, settings.default_model)
+        self.supervisor.reconfigure(options)
+        self.settings = settings
+        self.preload()
 
     def preload(self) -> None:
         """Have the models that the configuration names loaded, in its order; returns at once."""

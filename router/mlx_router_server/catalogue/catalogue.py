@@ -75,6 +75,12 @@ class Catalogue:
     async def start(self) -> None:
         self._refresher = asyncio.create_task(self._refresh_for_ever(), name="catalogue")
 
+    async def reconfigure(self, sources: Sources, default_model: str) -> None:
+        """Look elsewhere from now on; what was known stays until the new index is there."""
+        self._sources, self._default_model = sources, default_model
+        index = await asyncio.to_thread(self._build)
+        self._index = index
+
     async def stop(self) -> None:
         if self._refresher is not None:
             self._refresher.cancel()

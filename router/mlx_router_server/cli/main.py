@@ -12,7 +12,7 @@ from typing import Final
 
 from mlx_router_server.cli import models, run, start
 from mlx_router_server.cli.client import ApiError, NoRouter
-from mlx_router_server.settings import Settings, SettingsError, describe_settings, load_settings
+from mlx_router_server.settings import Settings, SettingsError, describe_settings, flags_of, load_settings
 from mlx_router_server.version import __version__
 
 __all__ = ["EXIT_FAILED", "EXIT_NO_MODEL", "EXIT_NO_ROUTER", "EXIT_USAGE", "build_parser", "main"]
@@ -29,8 +29,7 @@ def main() -> None:
     """Run the command that ``sys.argv`` names and exit."""
     options = build_parser().parse_args()
     try:
-        flags = {field.name: getattr(options, field.name, None) for field in describe_settings()}
-        settings = load_settings(flags, dict(os.environ), options.config)
+        settings = load_settings(flags_of(options), dict(os.environ), options.config)
         command: Command = options.command
         status = command(options, settings)
     except SettingsError as error:

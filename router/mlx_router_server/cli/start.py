@@ -6,22 +6,26 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import signal
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 
 import uvicorn
 from starlette.applications import Starlette
 
 from mlx_router_server.api.server import Server
-from mlx_router_server.app import create_app
+from mlx_router_server.app import create_app, reload
 from mlx_router_server.cli.client import Client, NoRouter
-from mlx_router_server.settings import Settings, SettingsError, home_folder
+from mlx_router_server.settings import Settings, SettingsError, flags_of, home_folder, load_settings
 from mlx_router_server.telemetry.logs import configure_logs
 from mlx_router_server.version import __version__
 
 __all__ = ["start"]
+
+log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 
@@ -33,7 +37,18 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
     if listener is None:
         return 1
     host, port = listener.getsockname()[:2]
-    app = create_app(settings, home_folder(dict(os.environ)))
+    home = home_folder(dict(os.environ))
+    app = create_app(settings, home)
+
+    async def reload_settings() -> None:
+        """What cannot be understood changes nothing."""
+        try:
+            new = await asyncio.to_thread(load_settings, flags_of(options), dict(os.environ), options.config)
+        except SettingsError as error:
+            log.error("event=reload_refused error=%r", str(error))
+            return
+        await reload(app, new, home)
+
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -42,11 +57,12 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
         server_header=False,
         timeout_graceful_shutdown=int(settings.drain_timeout_seconds) or None,
     )
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    print(f"mlx-router {__version__} listens on http://{address}", file=sys.stderr, flush=True)
     received: list[int] = []
-    server = _Server(config, app, received)
-    with contextlib.suppress(KeyboardInterrupt):
+    server = _Server(config, app, received, reload_settings)
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    # From the first word on: a signal that comes before the loop runs must not be lost, or worse, be deadly.
+    with server.capture_signals(), contextlib.suppress(KeyboardInterrupt):
+        print(f"mlx-router {__version__} listens on http://{address}", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
     listener.close()
     if not server.started:
@@ -65,21 +81,36 @@ class _Server(uvicorn.Server):
     """Remembers the first signal; uvicorn would raise it before the workers are seen gone.
 
     The first signal refuses whoever waits and lets run what runs; the second ends that, too; the third ends everything.
+    SIGHUP has the settings read again, unless it says that the terminal is gone.
     """
 
-    def __init__(self, config: uvicorn.Config, app: Starlette, received: list[int]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: Starlette, received: list[int], on_hangup: Callable[[], Awaitable[None]]
+    ) -> None:
         super().__init__(config)
         self._app = app
         self._received = received
+        self._on_hangup = on_hangup
+        self._reloading: asyncio.Future[None] | None = None
+        self._hung_up = False
+        self._had_terminal = _has_terminal()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        if self._hung_up:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        """SIGHUP: read the settings again, one reading at a time, once the application is there."""
+        if self.started and (self._reloading is None or self._reloading.done()):
+            self._reloading = asyncio.ensure_future(self._on_hangup())
 
     @contextlib.contextmanager
     def capture_signals(self):  # type: ignore[no-untyped-def]  # uvicorn's own signature has no useful type
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:
@@ -87,6 +118,11 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:
+        if number == signal.SIGHUP and not (self._had_terminal and not _has_terminal()):
+            self._hung_up = True
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._hang_up)
+            return
         self._received.append(number)
         self.should_exit = True
         if len(self._received) > 2:
@@ -102,6 +138,14 @@ class _Server(uvicorn.Server):
             server.supervisor.begin_leaving()
         else:
             server.supervisor.hasten()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def _listen(settings: Settings) -> socket.socket | None:

@@ -6,39 +6,17 @@ The rooms beside this one (``room``, ``service``, ``ends``) decide; what they sh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from mlx_router_server.lifecycle.events import Decided, Effect, Moved, Refuse
+from mlx_router_server.lifecycle.limits import Limits
 from mlx_router_server.lifecycle.memory import MemoryReading, Pressure, share_of
-from mlx_router_server.lifecycle.queueing import BusyPolicy, Waiter
+from mlx_router_server.lifecycle.queueing import Waiter
 from mlx_router_server.lifecycle.record import ModelRecord
 from mlx_router_server.lifecycle.spec import ModelSpec, Share
 from mlx_router_server.lifecycle.states import HOLDS_MEMORY, State, check_transition
 from mlx_router_shared.errors import MlxRouterError
 
-__all__ = ["Books", "Limits"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What the operator allows; times in seconds, sizes in bytes; 0 loaded models means as many as fit."""
-
-    budget_bytes: int
-    wired_bytes: int = 0
-    """What the machine may wire in all (macOS)."""
-    max_loaded_models: int = 0
-    max_queue: int = 512
-    busy_policy: BusyPolicy = BusyPolicy.WAIT
-    queue_timeout_seconds: float = 600.0
-    busy_wait_seconds: float = 30.0
-    """How long ``wait_then_fail`` waits."""
-    drain_timeout_seconds: float = 300.0
-    cancel_at_drain_limit: bool = False
-    """End what still runs at the drain limit; otherwise the old model is kept and the newcomer refused."""
-    min_residency_seconds: float = 0.0
-    turn_seconds: float = 10.0
-    turn_requests: int = 64
-    restore_on_failure: bool = False
+__all__ = ["Books"]
 
 
 class Books:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mlx_router_server.lifecycle.limits import Limits
 from mlx_router_server.lifecycle.memory import MemoryReading
 from mlx_router_server.lifecycle.spec import ModelSpec, Share
 from mlx_router_server.lifecycle.states import State
@@ -18,6 +19,7 @@ __all__ = [
     "Grant",
     "LeaseRequested",
     "LeaseReturned",
+    "LimitsChanged",
     "LoadProgressed",
     "LoadWanted",
     "MemoryRead",
@@ -121,7 +123,7 @@ class WorkerFailed:
     worker: str
     error: MlxRouterError
     hung: bool = False
-    """It does not do what it is told either: no use in asking it to leave."""
+    """It does not do what it is told either: it gets no time for an orderly end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +157,13 @@ class BudgetLearned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsChanged:
+    """The operator has changed what is allowed; what has been granted stays granted."""
+
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShutdownRequested:
     """The router leaves: refuse, drain, stop everything."""
 
@@ -183,6 +192,7 @@ Event = (
     | WorkerReclaimed
     | MemoryRead
     | BudgetLearned
+    | LimitsChanged
     | ShutdownRequested
     | ShutdownHastened
     | Ticked
@@ -245,7 +255,7 @@ class StopWorker:
     drain_seconds: float = 0.0
     """How long its last requests took to finish."""
     hung: bool = False
-    """Begin the ladder at its second rung."""
+    """No time for an orderly end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from mlx_router_server.lifecycle import ends, room, service
-from mlx_router_server.lifecycle.books import Books, Limits
+from mlx_router_server.lifecycle.books import Books
 from mlx_router_server.lifecycle.events import (
     BudgetLearned,
     CancelStreams,
@@ -20,6 +20,7 @@ from mlx_router_server.lifecycle.events import (
     Event,
     LeaseRequested,
     LeaseReturned,
+    LimitsChanged,
     LoadProgressed,
     LoadWanted,
     MemoryRead,
@@ -37,6 +38,7 @@ from mlx_router_server.lifecycle.events import (
     WorkerStarted,
 )
 from mlx_router_server.lifecycle.forecast import expected_wait, forecast_load, retry_after
+from mlx_router_server.lifecycle.limits import Limits
 from mlx_router_server.lifecycle.memory import MemoryReading, Pressure
 from mlx_router_server.lifecycle.queueing import BusyPolicy, Waiter
 from mlx_router_server.lifecycle.record import ModelRecord
@@ -159,6 +161,8 @@ class Lifecycle:
                 self._memory_read(event.reading, now)
             case BudgetLearned():
                 books.limits = replace(books.limits, budget_bytes=event.budget_bytes, wired_bytes=event.wired_bytes)
+            case LimitsChanged():
+                books.limits = event.limits
             case ShutdownRequested():
                 self._shutdown_requested(now)
             case ShutdownHastened():

@@ -38,6 +38,7 @@ from mlx_router_shared.protocol import LoadFailed as LoadFailedMessage
 __all__ = ["StopReport", "WorkerHandle"]
 
 _MOST_UNREAD_EVENTS: Final = 20_000
+_HUNG_SECONDS: Final = 1.0
 _TERM_SECONDS: Final = 3.0
 _KILL_SECONDS: Final = 10.0
 _LAST_WORD_SECONDS: Final = 0.5
@@ -219,15 +220,15 @@ class WorkerHandle:
     async def stop(self, reason: str, limit_seconds: float, *, hung: bool = False) -> StopReport:
         """Go down the ladder: ``Shutdown``, TERM, KILL, each with a limit of its own. Returns once it is reaped.
 
-        A worker that is known to be ``hung`` is not asked.
+        A worker that is ``hung`` gets no time for an orderly end: its socket thread ends it, if that still lives.
         """
         started = time.monotonic()
         rung = "shutdown"
+        # The worker's own limit comes after TERM: it is for the case that we are gone by then.
+        own_limit = _HUNG_SECONDS / 2 if hung else limit_seconds + 2 * _TERM_SECONDS
         try:
-            if not hung:
-                # The worker's own limit comes after TERM: it is for the case that we are gone by then.
-                self.send(Shutdown(reason=reason, limit_seconds=limit_seconds + 2 * _TERM_SECONDS))
-                await self._exited_within(limit_seconds)
+            self.send(Shutdown(reason=reason, limit_seconds=own_limit))
+            await self._exited_within(min(limit_seconds, _HUNG_SECONDS) if hung else limit_seconds)
         except WorkerDied:
             pass  # not connected yet, or not any more: TERM reaches it in any case
         if not self.exited.is_set():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_router_server.lifecycle.books import Limits
+from mlx_router_server.lifecycle.limits import Limits
 from mlx_router_server.lifecycle.memory import MemoryReading
 from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.workers.memory import read_memory

@@ -47,6 +47,10 @@ class StandbyPool:
                 return None
             await asyncio.wait([self._filling])
 
+    def resize(self, size: int) -> None:
+        """From the next refill on; one too many is used up before another is started."""
+        self._size = size
+
     def refill(self) -> None:
         """Start what is missing; called when no load runs, because imports would compete with it for the cores."""
         self._ready = [worker for worker in self._ready if not worker.exited.is_set()]

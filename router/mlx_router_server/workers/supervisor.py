@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Final, assert_never
 
 from mlx_router_server.lifecycle.events import (
@@ -23,6 +24,7 @@ from mlx_router_server.lifecycle.events import (
     Grant,
     LeaseRequested,
     LeaseReturned,
+    LimitsChanged,
     LoadWanted,
     MemoryRead,
     Moved,
@@ -105,8 +107,7 @@ class Supervisor:
         self._link = WorkerLink(self._run_directory.endpoint)
         self._owner = asyncio.create_task(self._own(), name="owner")
         self._watchers = [asyncio.create_task(self._watch_memory(), name="memory")]
-        if self._options.stall_timeout_seconds:
-            self._watchers.append(asyncio.create_task(self._watch_progress(), name="watchdog"))
+        self._watchers.append(asyncio.create_task(self._watch_progress(), name="watchdog"))
         self._standby.refill()
 
     def begin_leaving(self) -> None:
@@ -243,6 +244,18 @@ class Supervisor:
     def leases(self) -> int:
         """Requests that hold or want a lease."""
         return len(self._tickets)
+
+    def reconfigure(self, options: SupervisorOptions) -> None:
+        """Other limits from now on; loads that have begun keep theirs. A budget that is ours to choose stays chosen."""
+        limits = options.limits
+        if options.learn_budget and self._options.learn_budget:
+            known = self._lifecycle.limits
+            limits = replace(limits, budget_bytes=known.budget_bytes, wired_bytes=known.wired_bytes)
+        self._options = options
+        self._stop_seconds = options.stop_timeout_seconds
+        self._standby.resize(options.standby_workers)
+        self._post(LimitsChanged(limits=limits))
+        self._refill_standby()
 
     async def settled(self) -> None:
         """Until every event that was posted so far has been decided upon."""
@@ -405,13 +418,13 @@ class Supervisor:
     async def _watch_progress(self) -> None:
         """End workers that have work and do not get on. A look that comes late says nothing about them: the router
         itself, or the whole machine, was asleep."""
-        limit = self._options.stall_timeout_seconds
-        interval = min(1.0, limit / 4)
         looked = time.monotonic()
         while True:
+            limit = self._options.stall_timeout_seconds
+            interval = min(1.0, limit / 4) if limit else 1.0
             await asyncio.sleep(interval)
             now = time.monotonic()
-            if now - looked < 2 * interval + 1.0:
+            if limit and now - looked < 2 * interval + 1.0:
                 for run in list(self._runs.values()):
                     run.check_progress(now, limit)
             looked = now

@@ -1,0 +1,49 @@
+"""SIGHUP: the settings are read again, validated first, and hold at once; what cannot be understood changes nothing."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from mlx_router_server.cli.client import ApiError
+from tests.support.fakes import fake_config, write_fake
+from tests.support.router import RouterProcess, running_router, wait_until
+
+
+def _reload(router: RouterProcess, pattern: str) -> str:
+    router.process.send_signal(signal.SIGHUP)
+    return router.wait_line(pattern)
+
+
+def test_models_limits_and_names_follow_the_file_while_a_stream_runs(home: Path) -> None:
+    scripts = {"a": {"tokens": 100_000, "tokens_per_second": 50}}
+    with running_router(home, *fake_config(home, scripts)) as router:
+        stream = router.client.stream("/api/generate", {"model": "a", "prompt": "go"})
+        next(stream)
+        config = home / "config.toml"
+        folder = write_fake(home / "fakes" / "b", tokens=2)
+        text = 'max_loaded_models = 1\nbusy_policy = "fail"\n' + config.read_text()
+        config.write_text(f'{text}[models."b"]\npath = "{folder}"\n[name_map]\n"gpt-*" = "b"\n')
+        _reload(router, "event=reloaded models=2")
+        with pytest.raises(ApiError, match="cannot begin now"):
+            router.generate("b")
+        assert next(stream)["done"] is False
+        stream.close()
+        wait_until(lambda: router.model("a")["in_flight"] == 0, "a is idle")
+        assert router.generate("gpt-5")["response"].startswith("b:")
+        assert router.model("a")["state"] == "unloaded"
+
+
+@pytest.mark.req("R23")
+def test_a_file_that_cannot_be_understood_changes_nothing(home: Path) -> None:
+    with running_router(home, *fake_config(home, {"a": {"tokens": 2}})) as router:
+        config = home / "config.toml"
+        good = config.read_text()
+        config.write_text('max_queue = "plenty"\n' + good)
+        assert "max_queue" in _reload(router, "event=reload_refused")
+        assert router.generate("a")["done"] is True
+        config.write_text('host = "0.0.0.0"\n' + good)
+        assert "waiting_for_restart='host'" in _reload(router, "event=reloaded")
+        assert router.generate("a")["done"] is True
