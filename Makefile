@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Installed once with everything that development needs; repeated when the project file changes.
 
-.PHONY: docs help setup run test test-slow soak check lint types imports format bench demo-model clean
+.PHONY: docs help setup run test test-slow soak check lint types imports format bench bench-swaps demo-model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ format: $(INSTALLED) ## rewrite the code in the project's style
 
 bench: $(INSTALLED) ## measure; writes docs/benchmarks.md
 	$(BIN)/python -m tests.bench
+
+bench-swaps: $(INSTALLED) ## 200 swaps of 1 GB; writes docs/benchmarks-swaps.md
+	$(BIN)/python -m tests.bench.many_swaps
 
 demo-model: $(INSTALLED) ## train the bundled demo model anew (minutes)
 	$(BIN)/python -m tests.tiny_models.train_demo

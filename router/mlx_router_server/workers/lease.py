@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from mlx_router_server.workers.handle import WorkerHandle
 from mlx_router_server.workers.timings import SwapTimings
@@ -16,8 +16,16 @@ __all__ = ["Lease"]
 class Lease:
     """Valid inside ``async with supervisor.acquire(...)``."""
 
-    def __init__(self, handle: WorkerHandle, timings: SwapTimings, granted_at: float, waited_seconds: float) -> None:
+    def __init__(
+        self,
+        handle: WorkerHandle,
+        timings: SwapTimings,
+        granted_at: float,
+        waited_seconds: float,
+        on_first_token: Callable[[], None],
+    ) -> None:
         self._handle = handle
+        self._on_first_token = on_first_token
         self._timings = timings
         self._granted_at = granted_at
         self.waited_seconds = waited_seconds
@@ -41,3 +49,4 @@ class Lease:
     def _note_first_token(self, events: list[Event]) -> None:
         if any(isinstance(event, TextDelta | ReasoningDelta | ToolCallDelta) for event in events):
             self._timings.first_token_seconds = time.monotonic() - self._granted_at
+            self._on_first_token()

@@ -38,6 +38,7 @@ __all__ = ["Run"]
 log = logging.getLogger(__name__)
 
 _HELLO_SECONDS: Final = 120.0
+_FIRST_TOKEN_SECONDS: Final = 3.0
 _TOLD_STEP: Final = 0.05  # of a load, between two words about its progress
 
 
@@ -64,6 +65,8 @@ class Run:
         self._load_seconds = 0.0
         self._loaded_bytes = 0
         self._told_fraction = -1.0
+        self.settled = asyncio.Event()
+        """Set once the cores are free again: a first token is out, or there will be none."""
         self._has_process = asyncio.Event()
         """Set once there is a process, or there will be none."""
 
@@ -101,6 +104,15 @@ class Run:
         finally:
             self._has_process.set()
             self.loading = False
+        await self._wait_for_first_token()
+
+    async def _wait_for_first_token(self) -> None:
+        """Whoever has waited for the load shall not share the cores with the start of the next standby worker."""
+        try:
+            async with asyncio.timeout(_FIRST_TOKEN_SECONDS):
+                await self.settled.wait()
+        except TimeoutError:
+            self.settled.set()
 
     async def _get_process(self, standby: StandbyPool, start: Callable[[str], Awaitable[WorkerHandle]]) -> WorkerHandle:
         began = time.monotonic()
@@ -210,6 +222,7 @@ class Run:
 
     async def stop(self, effect: StopWorker, limit_seconds: float) -> EvictionTimings | None:
         """End the worker and see its memory back; the reservation is held until this returns."""
+        self.settled.set()
         await self._has_process.wait()
         if self.handle is None:
             return None

@@ -60,6 +60,7 @@ from mlx_router_server.workers.run import Run
 from mlx_router_server.workers.run_directory import RunDirectory
 from mlx_router_server.workers.standby import StandbyPool
 from mlx_router_server.workers.timings import EvictionTimings, SwapTimings
+from mlx_router_server.workers.watching import watch_memory, watch_progress
 from mlx_router_shared.errors import ShuttingDown
 from mlx_router_shared.protocol import Bootstrap, Hello
 
@@ -106,8 +107,11 @@ class Supervisor:
         self._run_directory = await asyncio.to_thread(RunDirectory.create)
         self._link = WorkerLink(self._run_directory.endpoint)
         self._owner = asyncio.create_task(self._own(), name="owner")
-        self._watchers = [asyncio.create_task(self._watch_memory(), name="memory")]
-        self._watchers.append(asyncio.create_task(self._watch_progress(), name="watchdog"))
+        memory = watch_memory(self._options.read_memory, self._note_memory, self._options.memory_interval_seconds)
+        progress = watch_progress(self._runs.values, lambda: self._options.stall_timeout_seconds)
+        self._watchers = [
+            asyncio.create_task(memory, name="memory"), asyncio.create_task(progress, name="watchdog"),
+        ]  # fmt: skip
         self._standby.refill()
 
     def begin_leaving(self) -> None:
@@ -170,7 +174,8 @@ class Supervisor:
             run = await future
             assert run.handle is not None
             assert run.granted_at is not None
-            yield Lease(run.handle, run.timings, run.granted_at, time.monotonic() - asked_at)
+            waited = time.monotonic() - asked_at
+            yield Lease(run.handle, run.timings, run.granted_at, waited, run.settled.set)
         finally:
             del self._tickets[ticket]
             self._post(LeaseReturned(ticket=ticket))
@@ -381,8 +386,8 @@ class Supervisor:
             self._last_failures[run.plan.spec.name] = run.failure(event.error.message)
 
     def _refill_standby(self) -> None:
-        """Not while anything loads: the imports would compete with it for the cores."""
-        if not self._leaving and not any(run.loading for run in self._runs.values()):
+        """Not while anything loads or makes its first token: the imports would compete with it for the cores."""
+        if not self._leaving and all(run.settled.is_set() for run in self._runs.values()):
             self._standby.refill()
 
     async def _start_process(self, engine: str) -> WorkerHandle:
@@ -398,33 +403,12 @@ class Supervisor:
         handle.on_reaped = self._run_directory.forget_worker
         return handle
 
+    def _note_memory(self, reading: MemoryReading) -> None:
+        self._post(MemoryRead(reading=reading))
+
     def _learn_budget(self, hello: Hello) -> None:
         """The device says what it recommends (Metal); until then the budget is a share of all memory."""
         if hello.working_set_bytes and self._options.learn_budget:
             wired = wired_limit() or hello.working_set_bytes
             if wired != self._lifecycle.limits.wired_bytes:
                 self._post(BudgetLearned(budget_bytes=wired, wired_bytes=wired))
-
-    # ---------------------------------------------------------------- watching
-
-    async def _watch_memory(self) -> None:
-        while True:
-            try:
-                self._post(MemoryRead(reading=self._options.read_memory()))
-            except OSError as error:
-                log.warning("event=memory_unreadable error=%r", str(error))
-            await asyncio.sleep(self._options.memory_interval_seconds)
-
-    async def _watch_progress(self) -> None:
-        """End workers that have work and do not get on. A look that comes late says nothing about them: the router
-        itself, or the whole machine, was asleep."""
-        looked = time.monotonic()
-        while True:
-            limit = self._options.stall_timeout_seconds
-            interval = min(1.0, limit / 4) if limit else 1.0
-            await asyncio.sleep(interval)
-            now = time.monotonic()
-            if limit and now - looked < 2 * interval + 1.0:
-                for run in list(self._runs.values()):
-                    run.check_progress(now, limit)
-            looked = now

@@ -1,0 +1,124 @@
+"""Cold loads over their floor, how soon readiness is seen, and what a load costs a model that is loaded already."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+from tests.bench.bare import PROMPT
+from tests.support.router import RouterProcess, running_router, wait_until
+
+__all__ = ["cold_loads", "first_text", "readiness", "resident_latency"]
+
+_MESSAGES: Final = [{"role": "user", "content": PROMPT.format(0)}]
+
+
+def first_text(router: RouterProcess, model: str) -> float:
+    """Seconds from the request to the first token at the client."""
+    started = time.perf_counter()
+    body = {"model": model, "messages": _MESSAGES, "options": {"temperature": 0, "num_predict": 1}}
+    stream = router.client.stream("/api/chat", body)
+    for part in stream:
+        if part["message"]["content"] or part["done"]:
+            break
+    seconds = time.perf_counter() - started
+    for _ in stream:
+        pass
+    return seconds
+
+
+def _floor(path: Path) -> float:
+    command = [sys.executable, "-m", "tests.bench.bare_load"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        print(path, file=process.stdin, flush=True)
+        return float(process.stdout.readline())
+
+
+def _rested(router: RouterProcess, model: str) -> None:
+    router.client.post(f"/admin/models/{model}/unload")
+    wait_until(lambda: len(router.status()["router"]["standby_pids"]) == 1, "the standby worker is ready")
+
+
+def cold_loads(folder: Path, home: Path, rounds: dict[str, int]) -> list[dict[str, Any]]:
+    """Floor and ours alternately; medians."""
+    rows = []
+    with running_router(home, "--models-dir", str(folder)) as router:
+        for model, times in rounds.items():
+            floor, ours = [], []
+            for _ in range(times + 1):
+                floor.append(_floor(folder / model))
+                _rested(router, model)
+                ours.append(first_text(router, model))
+            del floor[0], ours[0]  # the first round brings the files into memory
+            swap = router.model(model)["last_swap"]
+            rows.append(
+                {"model": model, "floor": statistics.median(floor), "ours": statistics.median(ours),
+                 "ratio": statistics.median(ours) / statistics.median(floor), "rounds": times,
+                 "stages": json.dumps({k: v for k, v in swap.items() if k.endswith("_seconds")})}
+            )  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+def readiness(folder: Path, home: Path, model: str, times: int) -> dict[str, float]:
+    """From the worker's word that it is ready to the router's knowing it, milliseconds; while another model answers."""
+    seen = []
+    with running_router(home, "--models-dir", str(folder)) as router:
+        enough = threading.Event()
+
+        def keep_busy() -> None:
+            while not enough.is_set():
+                router.generate("demo", prompt="Tell me a long story.")
+
+        with ThreadPoolExecutor(1) as pool:
+            busy = pool.submit(keep_busy)
+            for _ in range(times):
+                router.client.post(f"/admin/models/{model}/load")
+                seen.append(router.model(model)["last_swap"]["ready_seen_seconds"] * 1000)
+                router.client.post(f"/admin/models/{model}/unload")
+            enough.set()
+            busy.result()
+    seen.sort()
+    return {"p50": statistics.median(seen), "p99": seen[min(int(len(seen) * 0.99), len(seen) - 1)], "times": times}
+
+
+def resident_latency(folder: Path, home: Path, resident: str, loaded: str, loads: int) -> dict[str, float]:
+    """Short requests to one model, alone and while another is being loaded; and what that load takes of the machine."""
+    shares = []
+    alone, beside = [], []
+    with running_router(home, "--models-dir", str(folder)) as router, ThreadPoolExecutor(1) as pool:
+
+        def once() -> float:
+            started = time.perf_counter()
+            router.generate(resident, options={"temperature": 0, "num_predict": 8})
+            return time.perf_counter() - started
+
+        once()
+        for _ in range(loads):
+            _rested(router, loaded)
+            alone += [once() for _ in range(10)]
+            loading = pool.submit(router.client.post, f"/admin/models/{loaded}/load")
+            began = time.perf_counter()
+            during: list[float] = []
+            while not loading.done():
+                during.append(once())
+            beside += during[:-1] or during  # the last one outlived the load
+            worker = psutil.Process(router.model(loaded)["pid"]).cpu_times()
+            shares.append((worker.user + worker.system) / (time.perf_counter() - began))
+    return {
+        "alone_ms": statistics.median(alone) * 1000, "beside_ms": statistics.median(beside) * 1000,
+        "ratio": statistics.median(beside) / statistics.median(alone), "samples": len(beside),
+        "cores": statistics.median(shares),
+    }  # fmt: skip

@@ -1,0 +1,118 @@
+"""The documents that the benchmarks write: figures with the machine and the versions they were taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+from tests.bench.throughput import ROUNDS
+
+__all__ = ["machine_lines", "write_report"]
+
+DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+
+
+def machine_lines() -> list[str]:
+    """Date, machine and versions, as a list in Markdown."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "pyzmq", "starlette", "uvicorn"))
+    memory = psutil.virtual_memory().total / 2**30
+    return [
+        f"- Date: {time.strftime('%Y-%m-%d')}",
+        f"- Machine: {platform.system()} {platform.machine()}, {os.cpu_count()} cores (virtual, shared), {memory:.0f} GiB, "
+        "CPU back end of MLX; not measured on Apple silicon",
+        f"- Versions: Python {platform.python_version()}, {versions}",
+    ]
+
+
+def write_report(found: dict[str, Any]) -> None:
+    """All figures of one run; see ``tests.bench.__main__`` for what they are."""
+    first, died, idle = found["first_token"], found["crash"], found["footprint"]
+    ready, resident = found["readiness"], found["resident"]
+    swap, calls = found["alternate"], found["calls"]
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench`; every ratio was taken in one run on one machine. [Many swaps](benchmarks-swaps.md) are",
+        "measured apart.",
+        "",
+        *machine_lines(),
+        "",
+        "## Decoding through HTTP over the bare batch generator",
+        "",
+        "Tokens per second of all streams together, `/api/chat` streamed, greedy, random bfloat16 models. The floor is",
+        "a loop over `mlx_lm.generate.BatchGenerator` with the same model, prompts and batch sizes",
+        f"(`tests/bench/bare.py`). {ROUNDS} short rounds of each, taken alternately; the ratio is that of all tokens",
+        "over all seconds, the range holds the middle half of the rounds' own ratios. Wanted: 0.95.",
+        "",
+        "| model | streams | bare tokens/s | HTTP tokens/s | ratio | middle half |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['model']} | {r['streams']} | {r['floor']:.1f} | {r['http']:.1f} | **{r['ratio']:.3f}** | "
+        f"{r['range'][0]:.3f} to {r['range'][1]:.3f} |"
+        for r in found["throughput"]
+    ]
+    lines += [
+        "",
+        "## Cold loads",
+        "",
+        "From a request to its first token at the client, model not loaded, standby worker ready; the floor is a process",
+        "that has imported everything, reads the weights and makes one token (`tests/bench/bare_load.py`). Medians of",
+        "alternating rounds. Wanted: 1.25.",
+        "",
+        "| model | rounds | floor | ours | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['model']} | {r['rounds']} | {r['floor']:.3f} s | {r['ours']:.3f} s | **{r['ratio']:.3f}** |"
+        for r in found["cold_loads"]
+    ]
+    lines += [
+        "",
+        "## Swaps against mlx_lm.server",
+        "",
+        f"`python -m mlx_lm.server` and mlx-router in one run, each swapping between {swap['small']} and {swap['large']}",
+        f"{swap['times']} times each way, with room for one: from the request to the first piece of text. Medians. Wanted:",
+        "a ratio of 1.0.",
+        "",
+        "| to | mlx-router | mlx_lm.server |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {model} | {swap['ours'][model]:.3f} s | {swap['theirs'][model]:.3f} s |"
+        for model in (swap["small"], swap["large"])
+    ]
+    lines += [
+        f"| both, ratio | **{swap['ratio']:.3f}** | 1 |",
+        f"| memory of the process tree after the last swap back to {swap['small']} | {swap['memory']['ours'] / 1e6:.0f} MB, "
+        f"of which {swap['standby'] / 1e6:.0f} MB are the standby worker | {swap['memory']['theirs'] / 1e6:.0f} MB |",
+        "",
+        "## The router itself",
+        "",
+        "| what | figure | limit |",
+        "|---|---|---|",
+        f"| added time to first token, warm, p50 | {first['p50']:.2f} ms | 2 ms |",
+        f"| added time to first token, warm, p99 | {first['p99']:.2f} ms | 8 ms |",
+        f"| readiness seen after the worker says so, p50 of {ready['times']} loads | {ready['p50']:.2f} ms | |",
+        f"| the same, p99 | {ready['p99']:.2f} ms | 10 ms |",
+        f"| a loaded model's answer while 1 GB is loaded beside it, over alone (p50 of {resident['samples']}, "
+        f"{resident['beside_ms']:.0f} over {resident['alone_ms']:.0f} ms; the load itself keeps {resident['cores']:.2f} of "
+        f"{os.cpu_count()} cores busy) | {resident['ratio']:.2f} | 1.3 |",
+        f"| {calls['calls']} calls A B A B … at once with room for one: loads; longest wait | {calls['loads']}; "
+        f"{calls['longest']:.1f} s | 6 |",
+        f"| kill -9 of a worker to the client's error, median of 20 | {died['p50']:.1f} ms | 100 ms |",
+        f"| the same, worst of 20 | {died['max']:.1f} ms | 100 ms |",
+        f"| start of the command to the first answer, median of 5 | {idle['start_s']:.2f} s | 0.8 s |",
+        f"| resident memory of the router | {idle['rss_mb']:.0f} MB | 80 MB |",
+        f"| CPU of the idle router over 20 s | {idle['cpu_percent']:.2f} % | about 0 % |",
+        "",
+    ]
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    DOCUMENT.write_text("\n".join(lines), encoding="utf-8")
+    print(DOCUMENT.read_text(encoding="utf-8"))
