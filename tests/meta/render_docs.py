@@ -123,10 +123,19 @@ def _example() -> str:
         '# path = "/models/Qwen3-8B-4bit"   # a folder in MLX layout',
         '# repo = "mlx-community/Qwen3-8B-4bit"   # or a repository of the Hugging Face cache',
         '# aliases = ["qwen3:8b"]',
-        "# pinned = true   # never evicted for another model",
+        "# preload = true   # loaded at the start, if nobody has to leave for it",
+        "# pinned = true   # never evicted, never unloaded for being idle",
         '# keep_alive = "30m"',
+        '# keep_alive_min = "1m"   # what requests may ask for',
+        '# keep_alive_max = "2h"',
+        "# keep_alive_lock = false   # true: requests may not change it",
         "# context_length = 16384",
         '# memory = "9GB"   # instead of the estimate',
+        "",
+        "# Names that clients of other services send, to names of ours; the first that fits counts.",
+        "# [name_map]",
+        '# "claude-*opus*" = "assistant"',
+        '# "gpt-*" = "assistant"',
     ]
     return "\n".join(lines) + "\n"
 
