@@ -136,6 +136,18 @@ def test_a_turn_is_bounded_in_requests_and_the_others_wait_for_the_next() -> Non
 
 
 @pytest.mark.req("R44")
+def test_a_load_serves_those_who_waited_for_it_even_when_turns_have_no_length() -> None:
+    """Otherwise two models could be loaded in turns for ever, and nobody be served."""
+    bench = _one_place(turn_seconds=0.0)
+    a = bench.load("a0", "a")
+    bench.request("b0", "b")
+    bench.tell(LeaseReturned(ticket="a0"))
+    bench.request("a1", "a")
+    worker = started(bench.tell(WorkerReclaimed(worker=a)))
+    assert granted(bench.finish_load(worker)) == ["b0"]
+
+
+@pytest.mark.req("R44")
 def test_traffic_for_a_warm_model_does_not_starve_a_waiter() -> None:
     bench = _one_place()
     bench.load("a0", "a")

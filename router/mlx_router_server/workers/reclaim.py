@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Final
 
 from mlx_router_server.lifecycle.events import StopWorker
@@ -22,15 +23,22 @@ _NOISE_BYTES: Final = 24 * 2**20  # what the rest of the machine may take meanwh
 _POLL_SECONDS: Final = 0.01
 
 
-async def reclaim(handle: WorkerHandle, model: str, effect: StopWorker, limit_seconds: float) -> EvictionTimings:
-    """End the worker and wait until its memory is back, or until that has taken too long to go on waiting."""
+async def reclaim(
+    handle: WorkerHandle, model: str, effect: StopWorker, limit_seconds: float, others: Callable[[], int]
+) -> EvictionTimings:
+    """End the worker and wait until its memory is back, or until that has taken too long to go on waiting.
+
+    ``others`` says what the router's other processes hold: what they take or give meanwhile is no matter of this one.
+    """
     held = 0 if handle.exited.is_set() else process_bytes(handle.pid)
-    used_before = machine_used_bytes()
+    used_before = machine_used_bytes() - others()
     report = await handle.stop(effect.reason, limit_seconds, hung=effect.hung)
     began = time.monotonic()
     wanted = int(held * _BACK_SHARE) - _NOISE_BYTES
     # There is no event for this: the kernel has to be asked.
-    while (returned := used_before - machine_used_bytes()) < wanted and time.monotonic() - began < _BACK_SECONDS:  # noqa: ASYNC110
+    while (returned := used_before - machine_used_bytes() + others()) < wanted:
+        if time.monotonic() - began >= _BACK_SECONDS:
+            break
         await asyncio.sleep(_POLL_SECONDS)
     timings = EvictionTimings(
         model=model,

@@ -220,14 +220,17 @@ class Run:
 
     # ------------------------------------------------------------------ leaving
 
-    async def stop(self, effect: StopWorker, limit_seconds: float) -> EvictionTimings | None:
+    async def stop(
+        self, effect: StopWorker, limit_seconds: float, others: Callable[[int], int]
+    ) -> EvictionTimings | None:
         """End the worker and see its memory back; the reservation is held until this returns."""
         self.settled.set()
         await self._has_process.wait()
         if self.handle is None:
             return None
+        pid = self.handle.pid
         try:
-            timings = await reclaim(self.handle, self.plan.spec.name, effect, limit_seconds)
+            timings = await reclaim(self.handle, self.plan.spec.name, effect, limit_seconds, lambda: others(pid))
         except Exception:
             # The room is given free all the same.
             log.exception("event=reclaim_broke_off model=%r", self.plan.spec.name)

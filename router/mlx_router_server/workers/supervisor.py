@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -54,7 +55,7 @@ from mlx_router_server.workers.launcher import launch
 from mlx_router_server.workers.lease import Lease
 from mlx_router_server.workers.link import WorkerLink
 from mlx_router_server.workers.measured import Measured, Measurements
-from mlx_router_server.workers.memory import wired_limit
+from mlx_router_server.workers.memory import process_bytes, wired_limit
 from mlx_router_server.workers.plan import Failure, LoadPlan, SupervisorOptions, Wishes, WorkerView
 from mlx_router_server.workers.run import Run
 from mlx_router_server.workers.run_directory import RunDirectory
@@ -87,6 +88,8 @@ class Supervisor:
         self._last_failures: dict[str, Failure] = {}
         self._evictions_for: dict[str, list[EvictionTimings]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pids: set[int] = set()
+        """Of every worker process that lives, with a model or without."""
         self._changed = asyncio.Event()
         self._leaving = False
         self._stop_seconds = options.stop_timeout_seconds
@@ -365,7 +368,7 @@ class Supervisor:
         self._refill_standby()
 
     async def _stop_worker(self, run: Run, effect: StopWorker) -> None:
-        timings = await run.stop(effect, self._stop_seconds)
+        timings = await run.stop(effect, self._stop_seconds, self._bytes_of_others)
         if run.handle is not None and not run.handle.exited.is_set():
             self.left_behind.append(run.handle.pid)
         if timings is not None:
@@ -377,6 +380,10 @@ class Supervisor:
         self._post(WorkerReclaimed(worker=effect.worker))
         self._refill_standby()
         self._wake()
+
+    def _bytes_of_others(self, pid: int) -> int:
+        """What the router and all of its processes but one hold."""
+        return sum(process_bytes(other) for other in (os.getpid(), *self._pids) if other != pid)
 
     def _note_failure(self, event: WorkerFailed | WorkerExited) -> None:
         """Unless it was told to leave: then its exit is no failure."""
@@ -398,10 +405,16 @@ class Supervisor:
             Bootstrap(endpoint=self._run_directory.endpoint, worker_id=worker_id, token=token, engine=engine)
         )
         self._run_directory.note_worker(process.pid)
+        self._pids.add(process.pid)
         handle = WorkerHandle(worker_id, engine, process, self._link, token)
         handle.on_hello = self._learn_budget
-        handle.on_reaped = self._run_directory.forget_worker
+        handle.on_reaped = self._forget_process
         return handle
+
+    def _forget_process(self, pid: int) -> None:
+        self._pids.discard(pid)
+        if self._run_directory is not None:
+            self._run_directory.forget_worker(pid)
 
     def _note_memory(self, reading: MemoryReading) -> None:
         self._post(MemoryRead(reading=reading))
