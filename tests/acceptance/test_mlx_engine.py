@@ -13,6 +13,7 @@ from mlx_router_shared.generation import (
     Event,
     Finish,
     GenerationRequest,
+    Logprobs,
     Message,
     Role,
     Sampling,
@@ -64,6 +65,28 @@ def test_warm_up_in_its_own_thread_leaves_nothing_behind(engine: MlxEngine) -> N
     engine.submit("after", _ask("Hello!"))
     _play(engine, out)
     assert _text(out["after"]) == GREETING
+
+
+def test_the_first_token_is_told_in_the_step_in_which_it_is_drawn_and_once(engine: MlxEngine) -> None:
+    """mlx-lm hands it out a step later, when the second is known as well; the whole answer must not change by that."""
+    engine.submit("r", _ask("Hello!", top_logprobs=0))
+    assert engine.step() == [], "the prompt but for its last token"
+    (told,) = engine.step()
+    first = _text(told.events)
+    assert GREETING.startswith(first)
+    assert first
+    out: dict[str, list[Event]] = {"r": list(told.events)}
+    _play(engine, out)
+    assert _text(out["r"]) == GREETING
+    (usage,) = [event for event in out["r"] if isinstance(event, Usage)]
+    tokens = [token for event in out["r"] if isinstance(event, Logprobs) for token in event.tokens]
+    assert len(tokens) == usage.completion_tokens
+    assert b"".join(token.data for token in tokens).decode() == GREETING
+    engine.submit("one", _ask("Hello!", max_tokens=1))
+    engine.step()
+    (only,) = engine.step()
+    assert isinstance(only.events[-1], Finish)
+    assert engine.streams == 0
 
 
 def test_requests_that_join_late_and_leave_early_do_not_disturb_the_others(engine: MlxEngine) -> None:

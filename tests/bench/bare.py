@@ -12,9 +12,12 @@ import time
 from mlx_lm import load
 from mlx_lm.generate import BatchGenerator
 
-__all__ = ["PROMPT"]
+__all__ = ["PROMPT", "SHORT_PROMPT"]
 
 PROMPT = "Tell me about the harbour, the ferry and the light, number {}."
+
+
+SHORT_PROMPT = "go"  # for loads: reading a long prompt on a CPU would take longer than the weights
 
 
 def main() -> None:

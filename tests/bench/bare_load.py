@@ -12,7 +12,7 @@ import time
 from mlx_lm import load
 from mlx_lm.generate import BatchGenerator
 
-from tests.bench.bare import PROMPT
+from tests.bench.bare import SHORT_PROMPT
 
 
 def main() -> None:
@@ -21,8 +21,7 @@ def main() -> None:
     started = time.perf_counter()
     model, tokenizer = load(path)[:2]
     generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], prefill_step_size=512)
-    messages = [{"role": "user", "content": PROMPT.format(0)}]
-    generator.insert([tokenizer.apply_chat_template(messages, add_generation_prompt=True)], [1])
+    generator.insert([tokenizer.encode(SHORT_PROMPT)], [1])
     while not generator.next()[1]:
         pass
     print(time.perf_counter() - started, flush=True)

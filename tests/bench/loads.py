@@ -10,25 +10,23 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import psutil
 
-from tests.bench.bare import PROMPT
+from tests.bench.bare import SHORT_PROMPT
 from tests.support.router import RouterProcess, running_router, wait_until
 
 __all__ = ["cold_loads", "first_text", "readiness", "resident_latency"]
-
-_MESSAGES: Final = [{"role": "user", "content": PROMPT.format(0)}]
 
 
 def first_text(router: RouterProcess, model: str) -> float:
     """Seconds from the request to the first token at the client."""
     started = time.perf_counter()
-    body = {"model": model, "messages": _MESSAGES, "options": {"temperature": 0, "num_predict": 1}}
-    stream = router.client.stream("/api/chat", body)
+    body = {"model": model, "prompt": SHORT_PROMPT, "raw": True, "options": {"temperature": 0, "num_predict": 1}}
+    stream = router.client.stream("/api/generate", body)
     for part in stream:
-        if part["message"]["content"] or part["done"]:
+        if part["response"] or part["done"]:
             break
     seconds = time.perf_counter() - started
     for _ in stream:
@@ -58,8 +56,10 @@ def cold_loads(folder: Path, home: Path, rounds: dict[str, int]) -> list[dict[st
         for model, times in rounds.items():
             floor, ours = [], []
             for _ in range(times + 1):
+                _rested(
+                    router, model
+                )  # before each of them: the start of a standby worker would cost whoever comes next
                 floor.append(_floor(folder / model))
-                _rested(router, model)
                 ours.append(first_text(router, model))
             del floor[0], ours[0]  # the first round brings the files into memory
             swap = router.model(model)["last_swap"]
@@ -72,26 +72,33 @@ def cold_loads(folder: Path, home: Path, rounds: dict[str, int]) -> list[dict[st
     return rows
 
 
-def readiness(folder: Path, home: Path, model: str, times: int) -> dict[str, float]:
-    """From the worker's word that it is ready to the router's knowing it, milliseconds; while another model answers."""
-    seen = []
-    with running_router(home, "--models-dir", str(folder)) as router:
+def readiness(folder: Path, home: Path, model: str, times: int) -> dict[str, Any]:
+    """From the worker's word that it is ready to the router's knowing it, milliseconds: at rest, and while another
+    model answers all the time."""
+    found: dict[str, Any] = {"times": times}
+    with running_router(home, "--models-dir", str(folder)) as router, ThreadPoolExecutor(1) as pool:
+        found["rest"] = _readiness(router, model, times)
         enough = threading.Event()
 
         def keep_busy() -> None:
             while not enough.is_set():
                 router.generate("demo", prompt="Tell me a long story.")
 
-        with ThreadPoolExecutor(1) as pool:
-            busy = pool.submit(keep_busy)
-            for _ in range(times):
-                router.client.post(f"/admin/models/{model}/load")
-                seen.append(router.model(model)["last_swap"]["ready_seen_seconds"] * 1000)
-                router.client.post(f"/admin/models/{model}/unload")
-            enough.set()
-            busy.result()
+        busy = pool.submit(keep_busy)
+        found["busy"] = _readiness(router, model, times)
+        enough.set()
+        busy.result()
+    return found
+
+
+def _readiness(router: RouterProcess, model: str, times: int) -> dict[str, float]:
+    seen = []
+    for _ in range(times):
+        router.client.post(f"/admin/models/{model}/load")
+        seen.append(router.model(model)["last_swap"]["ready_seen_seconds"] * 1000)
+        router.client.post(f"/admin/models/{model}/unload")
     seen.sort()
-    return {"p50": statistics.median(seen), "p99": seen[min(int(len(seen) * 0.99), len(seen) - 1)], "times": times}
+    return {"p50": statistics.median(seen), "p99": seen[min(int(len(seen) * 0.99), len(seen) - 1)]}
 
 
 def resident_latency(folder: Path, home: Path, resident: str, loaded: str, loads: int) -> dict[str, float]:
@@ -109,14 +116,17 @@ def resident_latency(folder: Path, home: Path, resident: str, loaded: str, loads
         for _ in range(loads):
             _rested(router, loaded)
             alone += [once() for _ in range(10)]
+            (standby,) = router.status()["router"]["standby_pids"]
+            before = psutil.Process(standby).cpu_times()  # it becomes the loading worker
             loading = pool.submit(router.client.post, f"/admin/models/{loaded}/load")
             began = time.perf_counter()
             during: list[float] = []
             while not loading.done():
                 during.append(once())
             beside += during[:-1] or during  # the last one outlived the load
-            worker = psutil.Process(router.model(loaded)["pid"]).cpu_times()
-            shares.append((worker.user + worker.system) / (time.perf_counter() - began))
+            after = psutil.Process(standby).cpu_times()
+            used = after.user + after.system - before.user - before.system
+            shares.append(used / (time.perf_counter() - began))
     return {
         "alone_ms": statistics.median(alone) * 1000, "beside_ms": statistics.median(beside) * 1000,
         "ratio": statistics.median(beside) / statistics.median(alone), "samples": len(beside),

@@ -9,34 +9,37 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import psutil
 
 from mlx_router_server.workers.memory import process_bytes
-from tests.bench.bare import PROMPT
+from tests.bench.bare import SHORT_PROMPT
 from tests.support.router import running_router, wait_until
 
 __all__ = ["alternate", "alternating_calls"]
 
-_MESSAGES: Final = [{"role": "user", "content": PROMPT.format(0)}]
 
+def _first_text(port: int, model: str, number: int) -> float:
+    """Seconds from the request to the first piece of text, over OpenAI's API, which both speak.
 
-def _first_delta(port: int, model: str) -> float:
-    """Seconds from the request to the first piece of text, over OpenAI's API, which both speak."""
-    body = {"model": model, "messages": _MESSAGES, "stream": True, "max_tokens": 2, "temperature": 0}
+    The prompt is short, because reading one takes a CPU longer than the swap, and new each time, because mlx_lm.server
+    keeps what it has read of a prompt beyond a swap.
+    """
+    body = {"model": model, "prompt": f"{number} {SHORT_PROMPT}", "stream": True, "max_tokens": 2, "temperature": 0}
     started = time.perf_counter()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     assert response.status == 200, response.read()
     seconds = 0.0
     for line in response:
         if line.startswith(b"data: {") and not seconds:
             choices = json.loads(line[6:])["choices"]
-            if choices and (choices[0]["delta"].get("content") or choices[0]["delta"].get("reasoning")):
+            if choices and (choices[0].get("text") or choices[0].get("finish_reason")):
                 seconds = time.perf_counter() - started
     connection.close()
     return seconds or time.perf_counter() - started
@@ -45,6 +48,23 @@ def _first_delta(port: int, model: str) -> float:
 def _tree_bytes(pid: int) -> int:
     process = psutil.Process(pid)
     return sum(process_bytes(found.pid) for found in [process, *process.children(recursive=True)])
+
+
+def _cpu_seconds(pid: int) -> float:
+    process = psutil.Process(pid)
+    times = [found.cpu_times() for found in [process, *process.children(recursive=True)]]
+    return sum(time.user + time.system for time in times)
+
+
+def _wait_idle(pid: int) -> None:
+    """Until nothing of this process tree computes any more."""
+
+    def idle() -> bool:
+        before = _cpu_seconds(pid)
+        time.sleep(0.25)
+        return _cpu_seconds(pid) - before < 0.03
+
+    wait_until(idle, "it is idle", 60)
 
 
 def _free_port() -> int:
@@ -60,44 +80,67 @@ def _answers(port: int) -> bool:
 
 
 def alternate(folder: Path, home: Path, small: str, large: str, times: int) -> dict[str, Any]:
-    """Both servers take each swap one after the other; medians by model, and memory once the small one is back."""
-    port = _free_port()
-    command = [sys.executable, "-m", "mlx_lm.server", "--host", "127.0.0.1", "--port", str(port),
-               "--model", str(folder / small), "--log-level", "ERROR"]  # fmt: skip
+    """Each server has the machine for itself, in blocks ours, theirs, theirs, ours, as people would run one of them.
+
+    Medians by model, and the memory of the process tree at the end of a block, when the small model is back.
+    """
     ours: dict[str, list[float]] = {small: [], large: []}
     theirs: dict[str, list[float]] = {small: [], large: []}
+    found: dict[str, Any] = {"times": times, "small": small, "large": large}
+    half = times // 2
+    _our_block(folder, home, ours, half, found)
+    _their_block(folder, theirs, half, found)
+    _their_block(folder, theirs, times - half, found)
+    _our_block(folder, home, ours, times - half, found)
+    both = [sum(statistics.median(rounds[model]) for model in (small, large)) for rounds in (ours, theirs)]
+    found["ours"] = {model: statistics.median(rounds) for model, rounds in ours.items()}
+    found["theirs"] = {model: statistics.median(rounds) for model, rounds in theirs.items()}
+    found["ratio"] = both[0] / both[1]
+    return found
+
+
+def _our_block(folder: Path, home: Path, rounds: dict[str, list[float]], times: int, found: dict[str, Any]) -> None:
     arguments = ["--models-dir", str(folder), "--max-loaded-models", "1"]
-    with (
-        running_router(home, *arguments) as router,
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as peer,
-    ):
+    with running_router(home, *arguments) as router:
+
+        def rested() -> None:
+            wait_until(lambda: len(router.status()["router"]["standby_pids"]) == 1, "the standby is ready")
+
+        port = int(router.url.rpartition(":")[2])
+        _swap_back_and_forth(port, {name: name for name in rounds}, rounds, times, router.pid, rested)
+        rested()
+        found["our_memory"] = _tree_bytes(router.pid)
+        found["standby"] = sum(process_bytes(pid) for pid in router.status()["router"]["standby_pids"])
+
+
+def _their_block(folder: Path, rounds: dict[str, list[float]], times: int, found: dict[str, Any]) -> None:
+    port, first = _free_port(), next(iter(rounds))
+    command = [sys.executable, "-m", "mlx_lm.server", "--host", "127.0.0.1", "--port", str(port),
+               "--model", str(folder / first), "--log-level", "ERROR"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as peer:
         try:
             wait_until(lambda: _answers(port), "mlx_lm.server listens", 60)
-            for number in range(2 * times + 2):
-                model = (large, small)[number % 2]
-                name, mine, its = model, ours[model], theirs[model]
-                its.append(_first_delta(port, str(folder / model)))
-                wait_until(lambda: len(router.status()["router"]["standby_pids"]) == 1, "the standby is ready")
-                mine.append(_first_delta(int(router.url.rpartition(":")[2]), name))
-                print(name, f"ours {mine[-1]:.3f} s, mlx_lm.server {its[-1]:.3f} s", flush=True)
-            for rounds in (*ours.values(), *theirs.values()):
-                del rounds[0]
-            memory = {"ours": _tree_bytes(router.pid), "theirs": _tree_bytes(peer.pid)}
-            standby = sum(process_bytes(pid) for pid in router.status()["router"]["standby_pids"])
-            incidents = router.status()["router"]["kill_incidents"]
+            names = {name: str(folder / name) for name in rounds}
+            _swap_back_and_forth(port, names, rounds, times, peer.pid, lambda: None)
+            found["their_memory"] = _tree_bytes(peer.pid)
         finally:
             peer.terminate()
             peer.wait(20)
-    both = {
-        who: sum(statistics.median(rounds[model]) for model in (small, large))
-        for who, rounds in (("ours", ours), ("theirs", theirs))
-    }
-    return {
-        "times": times, "small": small, "large": large,
-        "ours": {model: statistics.median(ours[model]) for model in ours},
-        "theirs": {model: statistics.median(theirs[model]) for model in theirs},
-        "ratio": both["ours"] / both["theirs"], "memory": memory, "standby": standby, "kills": incidents,
-    }  # fmt: skip
+
+
+def _swap_back_and_forth(
+    port: int, names: dict[str, str], rounds: dict[str, list[float]], times: int, pid: int, rested: Callable[[], None]
+) -> None:
+    """To the large model and back to the small one; the first time there and back is not counted."""
+    small, large = names
+    for number in range(2 * times + 2):
+        model = (large, small)[number % 2]
+        rested()
+        _wait_idle(pid)  # what it still does after an answer would be counted with the next swap
+        seconds = _first_text(port, names[model], number)
+        print(model, f"{seconds:.3f} s", flush=True)
+        if number >= 2:
+            rounds[model].append(seconds)
 
 
 def alternating_calls(folder: Path, home: Path, models: tuple[str, str], calls: int) -> dict[str, float]:

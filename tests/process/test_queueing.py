@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +13,9 @@ from typing import Any
 import pytest
 
 from mlx_router_server.cli.client import ApiError
+from mlx_router_server.workers.memory import process_bytes
 from tests.support.fakes import fake_config
-from tests.support.http import call
+from tests.support.http import RawStream, call
 from tests.support.router import RouterProcess, running_router, wait_until
 
 _QUICK = {"tokens": 2}
@@ -219,3 +222,61 @@ def test_a_drain_is_called_off_when_the_newcomer_leaves(home: Path) -> None:
         assert router.model("a")["state"] == "ready"
         assert router.model("a")["pid"] == pid
         holding.close()
+
+
+@pytest.mark.req("R52")
+def test_overload_is_refused_with_a_time_to_come_back_and_the_router_stays_small(home: Path) -> None:
+    """Three hundred at once for a model that takes two, with places for twenty: answers or 503, and nothing else."""
+    script = {"tokens": 5, "tokens_per_second": 100}
+    arguments = fake_config(home, {"a": script}, parallel=2, max_queue=20)
+    with running_router(home, *arguments) as router, ThreadPoolExecutor(60) as pool:
+        router.generate("a")
+        before = process_bytes(router.pid)
+        body = {"model": "a", "prompt": "go", "stream": False}
+        replies = list(pool.map(lambda _: call(router, "POST", "/api/generate", body), range(300)))
+        assert {reply.status for reply in replies} == {200, 503}
+        for reply in replies:
+            if reply.status == 503:
+                assert 1 <= int(reply.headers["retry-after"]) <= 60
+            else:
+                assert reply.json()["eval_count"] == 5
+        wait_until(lambda: router.model("a")["in_flight"] == router.model("a")["queued"] == 0, "all is over")
+        assert process_bytes(router.pid) - before < 10_000_000
+
+
+@pytest.mark.req("R10")
+@pytest.mark.parametrize(
+    "way", ["whole", "streamed", "left early", "left the queue", "killed", "hung", "rubbish", "refused by the worker"]
+)
+def test_a_lease_comes_back_on_every_way_out(home: Path, way: str) -> None:
+    scripts: dict[str, dict[str, Any]] = {
+        "whole": _QUICK, "streamed": _QUICK, "left early": _BUSY, "left the queue": {"load_seconds": 1.0, **_QUICK},
+        "killed": _BUSY, "hung": {"hang_at": "generate"}, "rubbish": {"garbage_at": "generate"},
+        "refused by the worker": {"context_tokens": 8},
+    }  # fmt: skip
+    arguments = fake_config(home, {"a": scripts[way]}, stall_timeout_seconds=1.0)
+    with running_router(home, *arguments) as router:
+        body: dict[str, Any] = {"model": "a", "prompt": "go"}
+        match way:
+            case "whole":
+                assert router.generate("a")["done"] is True
+            case "left early":
+                _hold(router, "a").close()
+            case "left the queue":
+                raw = RawStream(router, "/api/generate", body)
+                wait_until(lambda: router.model("a")["queued"] == 1, "it waits")
+                raw.socket.close()
+            case "killed":
+                stream = _hold(router, "a")
+                os.kill(router.model("a")["pid"], signal.SIGKILL)
+                with pytest.raises(ApiError, match="unexpectedly stopped"):
+                    list(stream)
+            case "refused by the worker":
+                reply = call(router, "POST", "/api/generate", {**body, "prompt": "word " * 20})
+                assert reply.status == 400
+            case _:
+                reply = call(router, "POST", "/api/generate", body)
+                assert (b'"error"' in reply.body) == (way != "streamed")
+        wait_until(lambda: router.model("a")["in_flight"] == router.model("a")["queued"] == 0, "the lease is back", 5)
+        router.wait_state("a", "ready", "unloaded")
+        assert router.model("a")["loads"] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from mlx_router_server.cli.client import ApiError
 from tests.support.fakes import fake_config, write_fake
-from tests.support.http import call
+from tests.support.http import RawStream, call
 from tests.support.router import running_router, wait_until
 
 _STALL = {"stall_timeout_seconds": 1.0, "stop_timeout_seconds": 5.0}
@@ -59,6 +60,22 @@ def test_a_slow_worker_is_left_alone(home: Path) -> None:
     arguments = fake_config(home, {"a": {"tokens": 5, "tokens_per_second": 1.7}}, **_STALL)
     with running_router(home, *arguments) as router:
         assert router.generate("a")["eval_count"] == 5
+
+
+@pytest.mark.req("R46")
+def test_a_client_that_reads_slowly_is_no_hang_of_the_worker(home: Path) -> None:
+    """The worker has finished; what waits to be read waits in the router."""
+    arguments = fake_config(home, {"a": {"tokens": 15_000, "context_tokens": 100_000}}, **_STALL)
+    with running_router(home, *arguments) as router:
+        raw = RawStream(router, "/api/generate", {"model": "a", "prompt": "go"})
+        raw.read_until(b"a:latest-2 ")
+        wait_until(lambda: router.model("a")["tokens_total"] == 15_000, "the worker is done")
+        assert router.model("a")["in_flight"] == 1, "the client is not"
+        quiet_until = time.monotonic() + 2.5  # longer than a worker may stand still
+        wait_until(lambda: time.monotonic() > quiet_until, "the watchdog has looked")
+        assert b'"done":true' in raw.read_to_end()
+        assert router.model("a")["failures"] == 0
+        assert router.model("a")["loads"] == 1
 
 
 @pytest.mark.req("R47")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 from typing import Any
 from urllib.parse import urlsplit
 
 from tests.support.router import RouterProcess
 
-__all__ = ["Reply", "call"]
+__all__ = ["RawStream", "Reply", "call"]
 
 
 class Reply:
@@ -37,3 +38,29 @@ class Reply:
 def call(router: RouterProcess, method: str, path: str, body: Any = None, **headers: str) -> Reply:
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     return Reply(router, method, path, data, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+class RawStream:
+    """An HTTP response as bytes, because client libraries hide how a stream ends."""
+
+    def __init__(self, router: RouterProcess, path: str, body: dict[str, Any]) -> None:
+        parts = urlsplit(router.url)
+        self.socket = socket.create_connection((parts.hostname, parts.port), 20)
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+        self.socket.sendall(head.encode() + data)
+
+    def read_until(self, mark: bytes) -> bytes:
+        data = b""
+        while mark not in data:
+            part = self.socket.recv(65536)
+            assert part, f"the stream ended without {mark!r}: {data[-300:]!r}"
+            data += part
+        return data
+
+    def read_to_end(self) -> bytes:
+        data = b""
+        while part := self.socket.recv(65536):
+            data += part
+        self.socket.close()
+        return data

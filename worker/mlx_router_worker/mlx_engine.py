@@ -47,7 +47,7 @@ __all__ = ["MlxEngine"]
 # default of 2048 is made for throughput.
 _PREFILL_TOKENS: Final = 512
 _DEFAULT_CPU_CACHE: Final = 32 * 2**20  # MLX's own choice on Linux, where more is only lost
-_EVALUATE_BYTES: Final = 64 * 2**20
+_EVALUATE_BYTES: Final = 128 * 2**20
 _DEFAULT_CONTEXT: Final = 4096
 _NO_LOGPROB: Final = -9999.0  # JSON has no infinity
 
@@ -67,10 +67,23 @@ class _Stream:
     """What running out of tokens means: the request's budget or the context."""
     top_logprobs: int | None
     started: float
+    budget: int
+    """The most tokens that the generator will draw."""
     first_token: float = 0.0
+    told_early: bool = False
+    """The next token that the generator hands out is the first, and was told already."""
     tokens: int = 0
     reasoning_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A token as the generator has drawn it; ``logprobs`` of the whole vocabulary."""
+
+    token: int
+    logprobs: Any
+    finish_reason: str | None
 
 
 class MlxEngine:
@@ -127,20 +140,25 @@ class MlxEngine:
         )
 
     def _evaluate(self, report: Report) -> int:
-        """Read the weights in portions, so that progress can be told. Returns their bytes."""
+        """Read the weights in portions, so that progress can be told; the next is begun before the last is waited for.
+        Returns their bytes."""
         arrays = [array for _, array in tree_flatten(self._model.parameters())]
         total = sum(array.nbytes for array in arrays)
-        done, portion, size = 0, [], 0
+        portions: list[list[mx.array]] = [[]]
+        size = 0
         for array in arrays:
-            portion.append(array)
+            portions[-1].append(array)
             size += array.nbytes
             if size >= _EVALUATE_BYTES:
-                mx.eval(portion)
-                done += size
-                portion, size = [], 0
-                report("weights", done / total)
-        mx.eval(portion)
-        report("weights", 1.0)
+                portions.append([])
+                size = 0
+        done = 0
+        mx.async_eval(portions[0])
+        for portion, following in zip(portions, [*portions[1:], []], strict=True):
+            mx.async_eval(following)
+            mx.eval(portion)
+            done += sum(array.nbytes for array in portion)
+            report("weights", done / max(total, 1))
         return total
 
     def warm_up(self) -> None:
@@ -225,6 +243,7 @@ class MlxEngine:
             full_reason=FinishReason.LENGTH if budget <= room else FinishReason.CONTEXT,
             top_logprobs=request.top_logprobs,
             started=started,
+            budget=min(budget, room),
         )
         return [Started(prompt_tokens=len(tokens), dropped_messages=dropped)]
 
@@ -331,49 +350,76 @@ class MlxEngine:
 
     def step(self) -> list[StreamEvents]:
         assert self._generator is not None
-        _, responses = self._generator.next()
-        out = []
+        prompts, responses = self._generator.next()
+        out: list[StreamEvents] = []
         for response in responses:
-            stream = self._streams.get(response.uid)
-            if stream is None:
-                continue
-            self._tokens_total += 1
-            if events := self._advance(stream, response):
-                out.append(StreamEvents(request_id=stream.request_id, events=events))
+            self._tell(response.uid, _Drawn(response.token, response.logprobs, response.finish_reason), out)
+        for prompt in prompts:
+            if prompt.end_of_prompt and (first := self._first_token(prompt.uid)) is not None:
+                self._tell(prompt.uid, first, out)
+                if (stream := self._streams.get(prompt.uid)) is not None:
+                    stream.told_early = True
         if not self._streams:
             mx.clear_cache()
         return out
 
-    def _advance(self, stream: _Stream, response: Any) -> list[Event]:
+    def _tell(self, uid: int, drawn: _Drawn, out: list[StreamEvents]) -> None:
+        stream = self._streams.get(uid)
+        if stream is not None and (events := self._advance(stream, drawn)):
+            out.append(StreamEvents(request_id=stream.request_id, events=events))
+
+    def _first_token(self, uid: int) -> _Drawn | None:
+        """The first token of an answer, as soon as it is drawn.
+
+        The generator hands a token out after it has computed the next one as well; for the first that would make
+        everybody wait for a step more than needed. A token that ends the turn is left to it.
+        """
+        assert self._generator is not None
+        stream = self._streams.get(uid)
+        batch = self._generator._generation_batch
+        if stream is None or uid not in batch.uids:
+            return None
+        row = batch.uids.index(uid)
+        token = int(batch._next_tokens[row].item())
+        if token in self._tokenizer.eos_token_ids:
+            return None
+        return _Drawn(token, batch._next_logprobs[row], "length" if stream.budget == 1 else None)
+
+    def _advance(self, stream: _Stream, drawn: _Drawn) -> list[Event]:
         if not stream.first_token:
             stream.first_token = time.perf_counter()
-        ended = response.finish_reason == "stop"
-        if not ended:  # the token that ends a turn is not part of its text
+        told_early, stream.told_early = stream.told_early, False
+        if told_early and drawn.finish_reason is None:
+            return []
+        ended = drawn.finish_reason == "stop"
+        new = not ended and not told_early  # the token that ends a turn is not part of its text
+        if new:
+            self._tokens_total += 1
             stream.tokens += 1
-            stream.detokenizer.add_token(response.token)
-        if response.finish_reason is not None:
+            stream.detokenizer.add_token(drawn.token)
+        if drawn.finish_reason is not None:
             stream.detokenizer.finalize()
         text = stream.detokenizer.last_segment
         if stream.pieces is None:
             pieces = [("normal", text)]
         else:
             stream.pieces, pieces = TextStateMachine.split(stream.pieces, text)
-            if response.finish_reason is not None:
+            if drawn.finish_reason is not None:
                 stream.pieces, rest, kind = TextStateMachine.flush(stream.pieces)
                 pieces.append((kind, rest))
-        if pieces[-1][0] == "reasoning":
+        if new and pieces[-1][0] == "reasoning":
             stream.reasoning_tokens += 1
-        elif stream.top_logprobs is not None and not ended:
-            stream.logprobs.append(self._logprob(response, stream.top_logprobs))
+        elif new and stream.top_logprobs is not None:
+            stream.logprobs.append(self._logprob(drawn, stream.top_logprobs))
         events = stream.answer.feed(pieces)
-        if response.finish_reason is not None:
+        if drawn.finish_reason is not None:
             events += stream.answer.finish(cut=not ended)
-        if stream.logprobs and (events or response.finish_reason is not None):
+        if stream.logprobs and (events or drawn.finish_reason is not None):
             events.append(Logprobs(tokens=stream.logprobs))
             stream.logprobs = []
         if stream.answer.stop_string is not None:
             reason = FinishReason.STOP
-        elif response.finish_reason is None:
+        elif drawn.finish_reason is None:
             return events
         else:
             reason = stream.answer.finish_reason if ended else stream.full_reason
@@ -390,14 +436,14 @@ class MlxEngine:
         )
         return [usage, Finish(reason=reason, stop_string=stream.answer.stop_string)]
 
-    def _logprob(self, response: Any, top: int) -> TokenLogprob:
-        logprobs = response.logprobs.astype(mx.float32)
+    def _logprob(self, drawn: _Drawn, top: int) -> TokenLogprob:
+        logprobs = drawn.logprobs.astype(mx.float32)
         best: list[TokenLogprob] = []
         if top:
             order: Any = mx.argsort(-logprobs)[:top].tolist()
             best = [self._token_logprob(token, logprobs[token].item()) for token in order]
-        drawn = self._token_logprob(response.token, logprobs[response.token].item())
-        return TokenLogprob(token=drawn.token, data=drawn.data, logprob=drawn.logprob, top=best)
+        one = self._token_logprob(drawn.token, logprobs[drawn.token].item())
+        return TokenLogprob(token=one.token, data=one.data, logprob=one.logprob, top=best)
 
     def _token_logprob(self, token: int, logprob: float) -> TokenLogprob:
         text = self._tokenizer.decode([token])

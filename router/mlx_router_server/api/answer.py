@@ -119,7 +119,8 @@ class Answer:
 
         async def beat() -> None:
             moment = self._moment()
-            await self._send_part(renderer, renderer.keep_alive(moment), moment, send)
+            await self._begin(renderer, moment, send)
+            await self._send_part(renderer.keep_alive(moment), moment, send)
 
         async with (
             beating(self._heartbeat, self._server.settings.heartbeat_seconds, beat),
@@ -129,17 +130,22 @@ class Answer:
             async with aclosing(self._events(lease)) as batches:
                 async for events in batches:
                     moment = self._moment()
+                    await self._begin(renderer, moment, send)
                     data = b"".join(renderer.on(event, moment) for event in events)
-                    await self._send_part(renderer, data, moment, send)
+                    await self._send_part(data, moment, send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_part(self, renderer: StreamRenderer, data: bytes, moment: Moment, send: Send) -> None:
-        """Frames, after the status line if they are the first."""
-        if not self._begun:
-            self._begun = True
-            headers = [(b"content-type", renderer.media_type.encode()), (b"cache-control", b"no-cache")]
-            data = renderer.start(moment) + data
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+    async def _begin(self, renderer: StreamRenderer, moment: Moment, send: Send) -> None:
+        """The status line and what the API sends before the first event, once."""
+        if self._begun:
+            return
+        self._begun = True
+        headers = [(b"content-type", renderer.media_type.encode()), (b"cache-control", b"no-cache")]
+        first = renderer.start(moment)
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send_part(first, moment, send)
+
+    async def _send_part(self, data: bytes, moment: Moment, send: Send) -> None:
         if data:
             self._heartbeat.sent(self._received + moment.total_seconds)
             await send({"type": "http.response.body", "body": data, "more_body": True})

@@ -126,7 +126,13 @@ class WorkerHandle:
 
     @property
     def open_requests(self) -> int:
+        """Somebody still reads these, or could."""
         return len(self._inboxes)
+
+    @property
+    def unfinished_requests(self) -> int:
+        """The worker still works on these; what a slow client has yet to read is none of its business."""
+        return sum(not inbox.closed for inbox in self._inboxes.values())
 
     def send(self, message: ToWorker) -> None:
         """Raises ``WorkerDied`` when it cannot be reached."""
@@ -176,7 +182,7 @@ class WorkerHandle:
         """
         self._requests += 1
         request_id = f"{self.worker_id}-{self._requests}"
-        if not self._inboxes:
+        if not self.unfinished_requests:
             self.progress_at = time.monotonic()
         inbox = self._inboxes[request_id] = _Inbox()
         ended = False

@@ -209,7 +209,7 @@ class Run:
     def check_progress(self, now: float, limit_seconds: float) -> None:
         """Report a worker that has work and does not get on with it."""
         handle = self.handle
-        if handle is None or self.loading or handle.exited.is_set() or not handle.open_requests:
+        if handle is None or self.loading or handle.exited.is_set() or not handle.unfinished_requests:
             return
         still = now - handle.progress_at
         if still > limit_seconds:
