@@ -102,9 +102,10 @@ def _readiness(router: RouterProcess, model: str, times: int) -> dict[str, float
 
 
 def resident_latency(folder: Path, home: Path, resident: str, loaded: str, loads: int) -> dict[str, float]:
-    """Short requests to one model, alone and while another is being loaded; and what that load takes of the machine."""
+    """Short requests to one model: alone, while another is being loaded, and beside a program that does nothing but keep
+    one core busy, which shows what the share of the cores alone is worth."""
     shares = []
-    alone, beside = [], []
+    alone, beside, burnt = [], [], []
     with running_router(home, "--models-dir", str(folder)) as router, ThreadPoolExecutor(1) as pool:
 
         def once() -> float:
@@ -127,8 +128,12 @@ def resident_latency(folder: Path, home: Path, resident: str, loaded: str, loads
             after = psutil.Process(standby).cpu_times()
             used = after.user + after.system - before.user - before.system
             shares.append(used / (time.perf_counter() - began))
+            with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as burner:
+                burnt += [once() for _ in range(10)]
+                burner.kill()
     return {
         "alone_ms": statistics.median(alone) * 1000, "beside_ms": statistics.median(beside) * 1000,
         "ratio": statistics.median(beside) / statistics.median(alone), "samples": len(beside),
+        "burnt": statistics.median(burnt) / statistics.median(alone),
         "cores": statistics.median(shares),
     }  # fmt: skip

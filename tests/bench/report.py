@@ -107,7 +107,10 @@ def write_report(found: dict[str, Any]) -> None:
         f"{ready['busy']['p99']:.2f} ms | |",
         f"| a loaded model's answer while 1 GB is loaded beside it, over alone (p50 of {resident['samples']}, "
         f"{resident['beside_ms']:.0f} over {resident['alone_ms']:.0f} ms; the load itself keeps {resident['cores']:.2f} of "
-        f"{os.cpu_count()} cores busy) | {resident['ratio']:.2f} | 1.3 |",
+        f"{os.cpu_count()} cores busy) | {resident['ratio']:.2f} | |",
+        "| the same beside a program that does nothing but keep one core busy: what the share of the cores alone is worth | "
+        f"{resident['burnt']:.2f} | |",
+        f"| what the load costs beyond that share | {resident['ratio'] / resident['burnt']:.2f} | 1.3 |",
         f"| {calls['calls']} calls A B A B … at once with room for one: loads; longest wait | {calls['loads']}; "
         f"{calls['longest']:.1f} s | 6 |",
         f"| kill -9 of a worker to the client's error, median of 20 | {died['p50']:.1f} ms | 100 ms |",

@@ -17,55 +17,42 @@ from urllib.parse import urlsplit
 import pytest
 
 from mlx_router_server.version import __version__
+from tests.support.command import command, command_on
 from tests.support.router import RouterProcess, running_router, still_alive
 from tests.tiny_models.script import GREETING
 
 
-def _command(*arguments: str, port: int | None = None, text: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "MLX_ROUTER_HOME": "/nonexistent"}
-    if port is not None:
-        environment["MLX_ROUTER_PORT"] = str(port)
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "mlx_router_server", *arguments],
-        input=text, capture_output=True, text=True, timeout=60, env=environment, check=False,
-    )  # fmt: skip
-
-
-def _on(router: RouterProcess, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
-    return _command(*arguments, port=urlsplit(router.url).port, text=text)
-
-
 def test_list_show_ps_status_in_words_and_json(demo_router: RouterProcess) -> None:
-    listed = _on(demo_router, "list")
+    listed = command_on(demo_router, "list")
     assert listed.stdout.splitlines()[0].split() == ["NAME", "ID", "SIZE", "MODIFIED", "CAPABILITIES"]
     assert "demo:latest" in listed.stdout
-    assert json.loads(_on(demo_router, "list", "--json").stdout)[0]["name"] == "demo:latest"
-    assert "demo" not in _on(demo_router, "list", "zzz").stdout
-    assert "context length      4096" in _on(demo_router, "show", "demo").stdout
-    assert _on(demo_router, "load", "demo").stdout.startswith("demo:latest is loaded (")
-    assert "ready" in _on(demo_router, "ps").stdout
-    assert json.loads(_on(demo_router, "ps", "--json").stdout)[0]["state"] == "ready"
-    status = _on(demo_router, "status")
+    assert json.loads(command_on(demo_router, "list", "--json").stdout)[0]["name"] == "demo:latest"
+    assert "demo" not in command_on(demo_router, "list", "zzz").stdout
+    assert "context length      4096" in command_on(demo_router, "show", "demo").stdout
+    assert command_on(demo_router, "load", "demo").stdout.startswith("demo:latest is loaded (")
+    assert "ready" in command_on(demo_router, "ps").stdout
+    assert json.loads(command_on(demo_router, "ps", "--json").stdout)[0]["state"] == "ready"
+    status = command_on(demo_router, "status")
     assert f"pid {demo_router.pid}" in status.stdout
-    assert json.loads(_on(demo_router, "status", "--json").stdout)["router"]["pid"] == demo_router.pid
-    assert _on(demo_router, "unload", "demo").stdout == "demo:latest is unloaded\n"
+    assert json.loads(command_on(demo_router, "status", "--json").stdout)["router"]["pid"] == demo_router.pid
+    assert command_on(demo_router, "unload", "demo").stdout == "demo:latest is unloaded\n"
     assert demo_router.model("demo")["state"] == "unloaded"
 
 
 def test_version(demo_router: RouterProcess) -> None:
-    assert _on(demo_router, "version").stdout == f"mlx-router {__version__}\n"
-    assert json.loads(_command("version", "--json", port=1).stdout) == {"client": __version__, "router": None}
+    assert command_on(demo_router, "version").stdout == f"mlx-router {__version__}\n"
+    assert json.loads(command("version", "--json", port=1).stdout) == {"client": __version__, "router": None}
 
 
 def test_run_answers_a_prompt_or_a_pipe(demo_router: RouterProcess) -> None:
-    assert _on(demo_router, "run", "demo", "Hello!").stdout == GREETING + "\n"
-    assert _on(demo_router, "run", "demo", text="Hello!\n").stdout == GREETING + "\n"
-    thought = _on(demo_router, "run", "demo", "What is 17 + 25?").stdout
+    assert command_on(demo_router, "run", "demo", "Hello!").stdout == GREETING + "\n"
+    assert command_on(demo_router, "run", "demo", text="Hello!\n").stdout == GREETING + "\n"
+    thought = command_on(demo_router, "run", "demo", "What is 17 + 25?").stdout
     assert thought.startswith("Thinking...\nThe user wants a sum.")
     assert thought.endswith("...done thinking.\n\n17 + 25 = 42.\n")
-    assert _on(demo_router, "run", "--hidethinking", "demo", "What is 17 + 25?").stdout == "17 + 25 = 42.\n"
-    assert _on(demo_router, "run", "--think", "false", "demo", "What is 17 + 25?").stdout == "17 + 25 = 42.\n"
-    assert "tokens/s" in _on(demo_router, "run", "--verbose", "demo", "hi").stderr
+    assert command_on(demo_router, "run", "--hidethinking", "demo", "What is 17 + 25?").stdout == "17 + 25 = 42.\n"
+    assert command_on(demo_router, "run", "--think", "false", "demo", "What is 17 + 25?").stdout == "17 + 25 = 42.\n"
+    assert "tokens/s" in command_on(demo_router, "run", "--verbose", "demo", "hi").stderr
 
 
 def test_a_conversation_in_a_terminal(demo_router: RouterProcess) -> None:
@@ -117,21 +104,21 @@ def test_errors_are_one_line_with_a_documented_status(demo_router: RouterProcess
         (("show", "nosuch"), 4, "not found"),
         (("load", "bad name"), 1, "invalid model name"),
     ):
-        done = _on(demo_router, *arguments)
+        done = command_on(demo_router, *arguments)
         assert (done.returncode, done.stderr.count("\n")) == (status, 1), done.stderr
         assert text in done.stderr
-    nobody = _command("ps", port=1)
+    nobody = command("ps", port=1)
     assert (nobody.returncode, nobody.stderr.count("\n")) == (3, 1)
     assert "start one with: mlx-router start" in nobody.stderr
-    assert _command("frobnicate").returncode == 2
-    assert _command("start", "--port", "x").returncode == 2
+    assert command("frobnicate").returncode == 2
+    assert command("start", "--port", "x").returncode == 2
 
 
 def test_stop_ends_the_router_and_its_workers(home: Path) -> None:
     with running_router(home) as router:
-        _on(router, "load", "demo")
+        command_on(router, "load", "demo")
         workers = router.children()
-        stopped = _on(router, "stop")
+        stopped = command_on(router, "stop")
         assert stopped.returncode == 0
         assert stopped.stdout.startswith(f"stopped (pid {router.pid}")
         assert still_alive(workers) == []
@@ -139,8 +126,8 @@ def test_stop_ends_the_router_and_its_workers(home: Path) -> None:
 
 
 def test_stop_with_a_name_unloads_the_model(demo_router: RouterProcess) -> None:
-    _on(demo_router, "load", "demo")
-    assert _on(demo_router, "stop", "demo").returncode == 0
+    command_on(demo_router, "load", "demo")
+    assert command_on(demo_router, "stop", "demo").returncode == 0
     demo_router.wait_state("demo", "unloaded")
 
 
@@ -168,7 +155,7 @@ def test_a_taken_port_is_explained(handler: type[BaseHTTPRequestHandler], who: s
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         port = server.server_port
-        done = _command("start", "--port", str(port))
+        done = command("start", "--port", str(port))
     finally:
         server.shutdown()
         server.server_close()
@@ -178,6 +165,6 @@ def test_a_taken_port_is_explained(handler: type[BaseHTTPRequestHandler], who: s
 
 
 def test_a_second_router_is_told_of_the_first(demo_router: RouterProcess) -> None:
-    done = _on(demo_router, "start")
+    done = command_on(demo_router, "start")
     assert done.returncode == 1
     assert "another mlx-router answers" in done.stderr

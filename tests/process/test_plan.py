@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from tests.support.command import command_on
 from tests.support.fakes import fake_config
 from tests.support.http import call
 from tests.support.router import RouterProcess, running_router, wait_until
@@ -21,15 +18,6 @@ def _plan(router: RouterProcess, model: str) -> dict[str, object]:
     assert reply.status == 200, reply.body
     found: dict[str, object] = reply.json()
     return found
-
-
-def _command(router: RouterProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "MLX_ROUTER_HOME": "/nonexistent",
-                   "MLX_ROUTER_PORT": str(urlsplit(router.url).port)}  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "mlx_router_server", *arguments],
-        capture_output=True, text=True, timeout=60, env=environment, check=False,
-    )  # fmt: skip
 
 
 def test_a_plan_tells_what_would_happen_and_does_nothing(home: Path) -> None:
@@ -67,15 +55,15 @@ def test_the_command_says_it_in_words_and_in_json(home: Path) -> None:
     scripts = {"a": {"memory_bytes": 2 * _MB}, "b": {"memory_bytes": 2 * _MB}}
     with running_router(home, *fake_config(home, scripts, memory_budget=3 * _MB)) as router:
         router.generate("a")
-        said = _command(router, "plan", "b").stdout.splitlines()
+        said = command_on(router, "plan", "b").stdout.splitlines()
         assert said[0] == "b:latest (unloaded): is loaded once others have left: the room of others is needed"
         assert "  evicts    a:latest: leaves, frees 2.0 MB" in said
-        assert json.loads(_command(router, "plan", "--json", "b").stdout)["action"] == "evict"
-        assert _command(router, "plan", "nosuch").returncode == 4
-        assert _command(router, "pin", "a").stdout == "a:latest is pinned until the router ends\n"
-        assert "pinned    a:latest" in _command(router, "plan", "b").stdout
-        assert _command(router, "unpin", "a").stdout == "a:latest is not pinned\n"
-        assert json.loads(_command(router, "pin", "--json", "a").stdout)["pinned"] is True
+        assert json.loads(command_on(router, "plan", "--json", "b").stdout)["action"] == "evict"
+        assert command_on(router, "plan", "nosuch").returncode == 4
+        assert command_on(router, "pin", "a").stdout == "a:latest is pinned until the router ends\n"
+        assert "pinned    a:latest" in command_on(router, "plan", "b").stdout
+        assert command_on(router, "unpin", "a").stdout == "a:latest is not pinned\n"
+        assert json.loads(command_on(router, "pin", "--json", "a").stdout)["pinned"] is True
 
 
 def test_each_eviction_and_each_wait_is_one_line_with_its_reason(home: Path) -> None:

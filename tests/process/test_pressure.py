@@ -17,6 +17,7 @@ from mlx_router_server.lifecycle.states import State
 from mlx_router_server.workers.plan import LoadPlan, SupervisorOptions
 from mlx_router_server.workers.supervisor import Supervisor
 from mlx_router_shared.errors import MemoryPressure
+from mlx_router_shared.protocol import Hello
 from tests.support.fakes import write_fake
 
 
@@ -31,12 +32,13 @@ class Machine:
 
 
 @contextlib.asynccontextmanager
-async def _supervised(machine: Machine) -> AsyncIterator[Supervisor]:
+async def _supervised(machine: Machine, *, learn_budget: bool = False) -> AsyncIterator[Supervisor]:
     supervisor = Supervisor(
         SupervisorOptions(
-            limits=Limits(budget_bytes=10**9), standby_workers=0, read_memory=machine.read, memory_interval_seconds=0.02
+            limits=Limits(budget_bytes=10**9), standby_workers=0, read_memory=machine.read,
+            memory_interval_seconds=0.02, learn_budget=learn_budget,
         )
-    )
+    )  # fmt: skip
     await supervisor.start()
     try:
         yield supervisor
@@ -104,5 +106,26 @@ def test_each_worker_is_told_its_share(tmp_path: Path, caplog: pytest.LogCapture
             async with asyncio.timeout(10):
                 while not any(told in record.getMessage() for record in caplog.records):
                     await supervisor.wait_change()  # memory is looked at again and again
+
+    asyncio.run(test())
+
+
+@pytest.mark.req("R13", "R50")
+@pytest.mark.parametrize(("ours_to_choose", "budget"), [(True, 6 * 10**9), (False, 10**9)])
+def test_what_a_device_recommends_is_wired_and_is_the_budget_unless_the_operator_said_one(
+    tmp_path: Path, ours_to_choose: bool, budget: int
+) -> None:
+    """As the first worker on a Mac says hello; played here, where no device recommends anything."""
+    hello = Hello(protocol_version=1, pid=1, token="", engine="mlx", import_seconds=1.0, working_set_bytes=6 * 10**9)
+
+    async def test() -> None:
+        async with _supervised(Machine(), learn_budget=ours_to_choose) as supervisor:
+            supervisor._learn_budget(hello)
+            await supervisor.settled()
+            assert supervisor.budget_bytes == budget
+            assert supervisor._lifecycle.limits.wired_bytes == 6 * 10**9
+            async with supervisor.acquire(_plan(tmp_path, "a")):
+                (run,) = supervisor._runs.values()
+                assert 0 < run._share.wired_bytes <= run._share.memory_bytes
 
     asyncio.run(test())

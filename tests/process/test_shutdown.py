@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
 from mlx_router_server.cli.client import ApiError
+from tests.support.command import command_on
 from tests.support.fakes import fake_config
 from tests.support.http import call
 from tests.support.router import RouterProcess, running_router, still_alive, wait_until
 
 _ENDLESS = {"tokens": 1_000_000, "tokens_per_second": 50}
-
-
-def _command(router: RouterProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "MLX_ROUTER_HOME": "/nonexistent",
-                   "MLX_ROUTER_PORT": str(urlsplit(router.url).port)}  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "mlx_router_server", *arguments],
-        capture_output=True, text=True, timeout=60, env=environment, check=False,
-    )  # fmt: skip
 
 
 def test_sigterm_refuses_who_waits_and_lets_run_what_runs(home: Path) -> None:
@@ -69,7 +57,7 @@ def test_stop_says_so_only_when_everything_is_gone(home: Path) -> None:
     with running_router(home, *fake_config(home, {"a": {"memory_bytes": 200_000_000, "tokens": 2}})) as router:
         router.generate("a")
         workers = router.children()
-        done = _command(router, "stop")
+        done = command_on(router, "stop")
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith(f"stopped (pid {router.pid}, ")
         assert still_alive(workers) == []
@@ -83,7 +71,7 @@ def test_stop_of_a_worker_that_does_not_leave_fails_and_names_it(home: Path) -> 
     with running_router(home, *arguments) as router:
         router.generate("a")
         pid = router.model("a")["pid"]
-        done = _command(router, "stop", "--timeout", "1")
+        done = command_on(router, "stop", "--timeout", "1")
         assert done.returncode == 1
         assert "still running after 1 s: pid " in done.stderr
         assert str(pid) in done.stderr

@@ -248,17 +248,13 @@ class Supervisor:
     def waiting(self) -> int:
         return self._lifecycle.waiting
 
-    @property
-    def leases(self) -> int:
-        """Requests that hold or want a lease."""
-        return len(self._tickets)
-
     def reconfigure(self, options: SupervisorOptions) -> None:
         """Other limits from now on; loads that have begun keep theirs. A budget that is ours to choose stays chosen."""
         limits = options.limits
+        known = self._lifecycle.limits
+        limits = replace(limits, wired_bytes=known.wired_bytes)
         if options.learn_budget and self._options.learn_budget:
-            known = self._lifecycle.limits
-            limits = replace(limits, budget_bytes=known.budget_bytes, wired_bytes=known.wired_bytes)
+            limits = replace(limits, budget_bytes=known.budget_bytes)
         self._options = options
         self._stop_seconds = options.stop_timeout_seconds
         self._standby.resize(options.standby_workers)
@@ -420,8 +416,9 @@ class Supervisor:
         self._post(MemoryRead(reading=reading))
 
     def _learn_budget(self, hello: Hello) -> None:
-        """The device says what it recommends (Metal); until then the budget is a share of all memory."""
-        if hello.working_set_bytes and self._options.learn_budget:
-            wired = wired_limit() or hello.working_set_bytes
-            if wired != self._lifecycle.limits.wired_bytes:
-                self._post(BudgetLearned(budget_bytes=wired, wired_bytes=wired))
+        """The device says what it recommends to wire (Metal); a budget that is ours to choose follows it."""
+        limits = self._lifecycle.limits
+        wired = (wired_limit() or hello.working_set_bytes) if hello.working_set_bytes else 0
+        if wired and wired != limits.wired_bytes:
+            budget = wired if self._options.learn_budget else limits.budget_bytes
+            self._post(BudgetLearned(budget_bytes=budget, wired_bytes=wired))
