@@ -124,7 +124,7 @@ def test_what_a_device_recommends_is_wired_and_is_the_budget_unless_the_operator
             await supervisor.settled()
             assert supervisor.budget_bytes == budget
             assert supervisor._lifecycle.limits.wired_bytes == 6 * 10**9
-            async with supervisor.acquire(_plan(tmp_path, "a")):
+            async with supervisor.acquire(_plan(tmp_path, "a", memory_bytes=1_000_000)):
                 (run,) = supervisor._runs.values()
                 assert 0 < run._share.wired_bytes <= run._share.memory_bytes
 

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from mlx_router_server.dialects.statuses import for_the_public
+from mlx_router_server.lifecycle.events import StopWorker
 from mlx_router_server.lifecycle.memory import MemoryReading, Pressure
+from mlx_router_server.workers import reclaim as reclaim_module
 from mlx_router_server.workers.cgroup import CgroupMemory, read_cgroup_memory
+from mlx_router_server.workers.handle import StopReport
 from mlx_router_server.workers.measured import Measurements
 from mlx_router_server.workers.memory import default_budget, judge_pressure, read_memory
 from mlx_router_shared.errors import BackingOff, InvalidRequest, LoadFailed, MlxRouterError
@@ -103,3 +106,37 @@ def test_the_public_does_not_hear_of_folders(error: MlxRouterError, public: str)
     heard = for_the_public(error)
     assert heard.message == public
     assert type(heard) is type(error)
+
+
+class _Leaving:
+    """A worker of 300 MB that leaves when it is told to."""
+
+    pid = 1
+
+    def __init__(self) -> None:
+        self.exited = asyncio.Event()
+
+    async def stop(self, reason: str, limit_seconds: float, *, hung: bool) -> StopReport:
+        self.exited.set()
+        return StopReport(exit_seconds=0.0, reap_seconds=0.0, rung="shutdown")
+
+
+@pytest.mark.req("R15")
+@pytest.mark.parametrize(("taken_by_others", "verdict"), [(300, "returned"), (0, "stranded")])
+def test_what_other_workers_take_meanwhile_is_not_held_against_the_one_that_leaves(
+    monkeypatch: pytest.MonkeyPatch, taken_by_others: int, verdict: str
+) -> None:
+    """The machine's used memory does not fall: because another model was loaded, or because it did not come back."""
+    worker = _Leaving()
+    megabytes = 10**6
+    monkeypatch.setattr(reclaim_module, "machine_used_bytes", lambda: 1000 * megabytes)
+    monkeypatch.setattr(reclaim_module, "process_bytes", lambda pid: 300 * megabytes)
+    monkeypatch.setattr(reclaim_module, "_BACK_SECONDS", 0.05)
+
+    def others() -> int:
+        return (100 + (taken_by_others if worker.exited.is_set() else 0)) * megabytes
+
+    effect = StopWorker(worker="w", reason="evicted")
+    timings = asyncio.run(reclaim_module.reclaim(worker, "a", effect, 1.0, others))  # type: ignore[arg-type]  # plays one
+    assert timings.verdict == verdict
+    assert timings.returned_bytes == taken_by_others * megabytes
