@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
-import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mlx_router_server.durations import parse_duration
+from mlx_router_server import setting_kinds as kinds
 from mlx_router_shared.errors import InvalidRequest
 
 __all__ = [
@@ -35,99 +33,10 @@ __all__ = [
 ]
 
 CONFIG_VERSION: Final = 1
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 class SettingsError(Exception):
     """A setting that cannot be used; one sentence that names it and where it came from."""
-
-
-# ------------------------------------------------------------------------------------------ kinds of values
-
-
-def _duration(value: object) -> float:
-    if isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value.strip()):
-        value = float(value)  # OLLAMA_KEEP_ALIVE=300 is fine, although keep_alive "300" in a request is not
-    return parse_duration(value)
-
-
-def _size(value: object) -> int:
-    """``"12GB"``, ``"12GiB"``, ``12000000000``."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = _SIZE.fullmatch(str(value).strip())
-    if match is None:
-        raise ValueError("not a size such as 12GB")
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
-def _boolean(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.strip().lower() in ("1", "t", "true", "yes", "on"):
-        return True
-    if isinstance(value, str) and value.strip().lower() in ("0", "f", "false", "no", "off", ""):
-        return False
-    raise ValueError("not true or false")
-
-
-def _integer(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError("not a whole number")
-    number = int(value)
-    if number < 0:
-        raise ValueError("negative")
-    return number
-
-
-def _seconds(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("not a number of seconds")
-    number = float(value)
-    if not number >= 0:
-        raise ValueError("negative")
-    return number
-
-
-def _port(value: object) -> int:
-    number = _integer(value)
-    if number > 65535:
-        raise ValueError("not a port")
-    return number
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("not text")
-    return value
-
-
-def _one_of(*choices: str) -> Callable[[object], str]:
-    def parse(value: object) -> str:
-        if value not in choices:
-            raise ValueError(f"not one of {', '.join(choices)}")
-        return str(value)
-
-    return parse
-
-
-def _paths(value: object) -> tuple[Path, ...]:
-    """A list in the file; in the environment separated like PATH."""
-    if isinstance(value, str):
-        value = [part for part in value.split(os.pathsep) if part]
-    if not isinstance(value, list | tuple):
-        raise ValueError("not a list of folders")
-    return tuple(Path(str(part)).expanduser().absolute() for part in value)
-
-
-def _names(value: object) -> tuple[str, ...]:
-    """A list in the file; in the environment separated by commas."""
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    if not isinstance(value, list | tuple):
-        raise ValueError("not a list")
-    return tuple(_text(part) for part in value)
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -165,17 +74,17 @@ class ModelSettings:
 
 
 _MODEL_KEYS: Final[dict[str, Callable[[object], Any]]] = {
-    "path": lambda value: Path(_text(value)).expanduser().absolute(),
-    "repo": _text,
-    "aliases": _names,
-    "preload": _boolean,
-    "pinned": _boolean,
-    "keep_alive": _duration,
-    "keep_alive_min": _duration,
-    "keep_alive_max": _duration,
-    "keep_alive_lock": _boolean,
-    "context_length": _integer,
-    "memory": _size,
+    "path": lambda value: Path(kinds.text(value)).expanduser().absolute(),
+    "repo": kinds.text,
+    "aliases": kinds.names,
+    "preload": kinds.boolean,
+    "pinned": kinds.boolean,
+    "keep_alive": kinds.duration,
+    "keep_alive_min": kinds.duration,
+    "keep_alive_max": kinds.duration,
+    "keep_alive_lock": kinds.boolean,
+    "context_length": kinds.integer,
+    "memory": kinds.size,
 }
 
 
@@ -183,86 +92,97 @@ _MODEL_KEYS: Final[dict[str, Callable[[object], Any]]] = {
 class Settings:
     """Everything the operator can decide."""
 
-    host: str = _setting("127.0.0.1", _text, "Address to listen on.", restart=True)
-    port: int = _setting(11434, _port, "Port to listen on; 0 lets the system choose.", restart=True)
-    models_dirs: tuple[Path, ...] = _setting((), _paths, "Folders with MLX models, as MODEL or ORG/MODEL below them.")
-    hub_cache: bool = _setting(True, _boolean, "Serve the MLX models of the Hugging Face cache.")
-    demo_model: bool = _setting(True, _boolean, "Register the bundled demo model as 'demo'.")
-    default_model: str = _setting("", _text, "Model for requests that name none; empty refuses them.")
-    on_demand: bool = _setting(True, _boolean, "Load a local model when a request names it.")
+    host: str = _setting("127.0.0.1", kinds.text, "Address to listen on.", restart=True)
+    port: int = _setting(11434, kinds.port, "Port to listen on; 0 lets the system choose.", restart=True)
+    models_dirs: tuple[Path, ...] = _setting(
+        (), kinds.paths, "Folders with MLX models, as MODEL or ORG/MODEL below them."
+    )
+    hub_cache: bool = _setting(True, kinds.boolean, "Serve the MLX models of the Hugging Face cache.")
+    demo_model: bool = _setting(True, kinds.boolean, "Register the bundled demo model as 'demo'.")
+    default_model: str = _setting("", kinds.text, "Model for requests that name none; empty refuses them.")
+    on_demand: bool = _setting(True, kinds.boolean, "Load a local model when a request names it.")
     memory_budget: int = _setting(
-        0, _size, "What all loaded models may use together; 0 finds out by itself.", unit="bytes"
+        0, kinds.size, "What all loaded models may use together; 0 finds out by itself.", unit="bytes"
     )
     max_loaded_models: int = _setting(
-        0, _integer, "Most models loaded at once; 0 means as many as fit.", ollama="OLLAMA_MAX_LOADED_MODELS"
+        0, kinds.integer, "Most models loaded at once; 0 means as many as fit.", ollama="OLLAMA_MAX_LOADED_MODELS"
     )
     parallel: int = _setting(
-        32, _integer, "Requests that one model answers at once; more wait in its worker.", ollama="OLLAMA_NUM_PARALLEL"
+        32,
+        kinds.integer,
+        "Requests that one model answers at once; more wait their turn.",
+        ollama="OLLAMA_NUM_PARALLEL",
     )
     context_length: int = _setting(
-        0, _integer, "Longest prompt plus answer; 0 is the model's own.", unit="tokens", ollama="OLLAMA_CONTEXT_LENGTH"
+        0,
+        kinds.integer,
+        "Longest prompt plus answer; 0 is the model's own.",
+        unit="tokens",
+        ollama="OLLAMA_CONTEXT_LENGTH",
     )
     keep_alive: float = _setting(
-        300.0, _duration, "How long an idle model stays loaded, e.g. 5m; negative: for ever.", unit="seconds",
+        300.0, kinds.duration, "How long an idle model stays loaded, e.g. 5m; negative: for ever.", unit="seconds",
         ollama="OLLAMA_KEEP_ALIVE",
     )  # fmt: skip
     max_queue: int = _setting(
-        512, _integer, "Most requests that may wait, for a load or for a loaded model.", ollama="OLLAMA_MAX_QUEUE"
+        512, kinds.integer, "Most requests that may wait, for a load or for a loaded model.", ollama="OLLAMA_MAX_QUEUE"
     )
     busy_policy: str = _setting(
-        "wait", _one_of("wait", "fail", "wait_then_fail"),
+        "wait", kinds.one_of("wait", "fail", "wait_then_fail"),
         "What a request does when others are in its way: wait (for queue_timeout_seconds at most), fail at once with "
         "503 and Retry-After, or wait_then_fail after busy_wait_seconds.",
     )  # fmt: skip
-    queue_timeout_seconds: float = _setting(600.0, _seconds, "Longest wait for others.", unit="seconds")
+    queue_timeout_seconds: float = _setting(600.0, kinds.seconds, "Longest wait for others.", unit="seconds")
     busy_wait_seconds: float = _setting(
-        30.0, _seconds, "Longest wait for others with busy_policy wait_then_fail.", unit="seconds"
+        30.0, kinds.seconds, "Longest wait for others with busy_policy wait_then_fail.", unit="seconds"
     )
     min_residency_seconds: float = _setting(
-        0.0, _seconds, "Shortest stay of a loaded model: before, it is not evicted for another.", unit="seconds"
+        0.0, kinds.seconds, "Shortest stay of a loaded model: before, it is not evicted for another.", unit="seconds"
     )
     turn_seconds: float = _setting(
-        10.0, _seconds, "How long a model that was loaded while others wait begins requests before they get its room.",
+        10.0, kinds.seconds, "How long a model that was loaded while others wait serves before they get its room.",
         unit="seconds",
     )  # fmt: skip
     turn_requests: int = _setting(
-        64, _integer, "How many requests a model that was loaded while others wait begins before they get its room."
+        64,
+        kinds.integer,
+        "How many requests a model that was loaded while others wait serves before they get its room.",
     )
-    standby_workers: int = _setting(1, _integer, "Idle worker processes kept ready, so that a load is quick.")
+    standby_workers: int = _setting(1, kinds.integer, "Idle worker processes kept ready, so that a load is quick.")
     load_timeout_seconds: float = _setting(
-        600.0, _seconds, "Longest time for loading a model; 0 is no limit.", unit="seconds",
+        600.0, kinds.seconds, "Longest time for loading a model; 0 is no limit.", unit="seconds",
         ollama="OLLAMA_LOAD_TIMEOUT",
     )  # fmt: skip
     warm_up_timeout_seconds: float = _setting(
-        60.0, _seconds, "Longest time for a trial token after a load; 0: none. A model is ready without it, too.",
+        60.0, kinds.seconds, "Longest time for a trial token after a load; 0: none. A model is ready without it, too.",
         unit="seconds",
     )  # fmt: skip
     restore_on_failure: bool = _setting(
-        False, _boolean, "When a load fails, bring back the models that had to leave for it."
+        False, kinds.boolean, "When a load fails, bring back the models that had to leave for it."
     )
     drain_timeout_seconds: float = _setting(
-        300.0, _seconds, "Longest wait for the running requests of a model that shall leave.", unit="seconds"
+        300.0, kinds.seconds, "Longest wait for the running requests of a model that shall leave.", unit="seconds"
     )
     drain_policy: str = _setting(
-        "keep", _one_of("keep", "cancel"),
+        "keep", kinds.one_of("keep", "cancel"),
         "What happens at that limit: keep the old model and refuse the new one, or cancel what still runs.",
     )  # fmt: skip
     stall_timeout_seconds: float = _setting(
-        120.0, _seconds, "A worker that has work and makes no step for so long is ended; 0: never.", unit="seconds"
+        120.0, kinds.seconds, "A worker that has work and makes no step for so long is ended; 0: never.", unit="seconds"
     )
     heartbeat_seconds: float = _setting(
-        5.0, _seconds, "Silence after which a stream gets a sign of life, while its model loads or its prompt is read; "
+        5.0, kinds.seconds, "Silence after which a stream gets a sign of life, as a model loads or a prompt is read; "
         "0: none.", unit="seconds",
     )  # fmt: skip
     stop_timeout_seconds: float = _setting(
-        10.0, _seconds, "How long a worker may take to exit before it is sent a signal.", unit="seconds"
+        10.0, kinds.seconds, "How long a worker may take to exit before it is sent a signal.", unit="seconds"
     )
     allowed_origins: tuple[str, ...] = _setting(
-        (), _names, "Web origins that may use the server beside those of this machine; * allows all.",
+        (), kinds.names, "Web origins that may use the server beside those of this machine; * allows all.",
         ollama="OLLAMA_ORIGINS", restart=True,
     )  # fmt: skip
     log_level: str = _setting(
-        "info", _one_of("debug", "info", "warning", "error"), "Least important lines to log.", restart=True
+        "info", kinds.one_of("debug", "info", "warning", "error"), "Least important lines to log.", restart=True
     )
     models: dict[str, ModelSettings] = dataclasses.field(default_factory=dict)
     name_map: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -380,7 +300,7 @@ def _from_ollama(environment: dict[str, str]) -> dict[str, object]:
     for field in describe_settings():
         text = environment.get(field.metadata["ollama"] or "", "").strip().strip("\"'")
         if text:
-            parse = _duration if field.name == "load_timeout_seconds" else field.metadata["parse"]
+            parse = kinds.duration if field.name == "load_timeout_seconds" else field.metadata["parse"]
             try:
                 value = parse(text)
             except (ValueError, InvalidRequest):
