@@ -64,18 +64,19 @@ def test_a_slow_worker_is_left_alone(home: Path) -> None:
 
 @pytest.mark.req("R46")
 def test_a_client_that_reads_slowly_is_no_hang_of_the_worker(home: Path) -> None:
-    """The worker has finished; what waits to be read waits in the router."""
-    arguments = fake_config(home, {"a": {"tokens": 15_000, "context_tokens": 100_000}}, **_STALL)
+    """The worker has finished; what waits to be read waits in the router, because the sockets' buffers are full."""
+    name = "a" * 70  # an answer of 6 MB
+    arguments = fake_config(home, {name: {"tokens": 19_000, "context_tokens": 100_000}}, **_STALL)
     with running_router(home, *arguments) as router:
-        raw = RawStream(router, "/api/generate", {"model": "a", "prompt": "go"})
-        raw.read_until(b"a:latest-2 ")
-        wait_until(lambda: router.model("a")["tokens_total"] == 15_000, "the worker is done")
-        assert router.model("a")["in_flight"] == 1, "the client is not"
+        raw = RawStream(router, "/api/generate", {"model": name, "prompt": "go"}, receive_buffer=4096)
+        raw.read_until(b"-2 ")
+        wait_until(lambda: router.model(name)["tokens_total"] == 19_000, "the worker is done")
         quiet_until = time.monotonic() + 2.5  # longer than a worker may stand still
         wait_until(lambda: time.monotonic() > quiet_until, "the watchdog has looked")
+        assert router.model(name)["in_flight"] == 1, "the client is not"
+        assert router.model(name)["state"] == "ready"
         assert b'"done":true' in raw.read_to_end()
-        assert router.model("a")["failures"] == 0
-        assert router.model("a")["loads"] == 1
+        assert (router.model(name)["failures"], router.model(name)["loads"]) == (0, 1)
 
 
 @pytest.mark.req("R47")

@@ -43,9 +43,15 @@ def call(router: RouterProcess, method: str, path: str, body: Any = None, **head
 class RawStream:
     """An HTTP response as bytes, because client libraries hide how a stream ends."""
 
-    def __init__(self, router: RouterProcess, path: str, body: dict[str, Any]) -> None:
+    def __init__(
+        self, router: RouterProcess, path: str, body: dict[str, Any], *, receive_buffer: int | None = None
+    ) -> None:
         parts = urlsplit(router.url)
-        self.socket = socket.create_connection((parts.hostname, parts.port), 20)
+        self.socket = socket.socket()
+        self.socket.settimeout(20)
+        if receive_buffer is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.socket.connect((parts.hostname, parts.port))
         data = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
         self.socket.sendall(head.encode() + data)
