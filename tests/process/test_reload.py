@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,7 @@ def test_models_limits_and_names_follow_the_file_while_a_stream_runs(home: Path)
         next(stream)
         config = home / "config.toml"
         folder = write_fake(home / "fakes" / "b", tokens=2)
-        text = 'max_loaded_models = 1\nbusy_policy = "fail"\n' + config.read_text()
+        text = 'keep_alive = 420\nmax_loaded_models = 1\nbusy_policy = "fail"\n' + config.read_text()
         config.write_text(f'{text}[models."b"]\npath = "{folder}"\n[name_map]\n"gpt-*" = "b"\n')
         _reload(router, "event=reloaded models=2")
         with pytest.raises(ApiError, match="cannot begin now"):
@@ -34,6 +37,8 @@ def test_models_limits_and_names_follow_the_file_while_a_stream_runs(home: Path)
         wait_until(lambda: router.model("a")["in_flight"] == 0, "a is idle")
         assert router.generate("gpt-5")["response"].startswith("b:")
         assert router.model("a")["state"] == "unloaded"
+        wait_until(lambda: router.model("b")["in_flight"] == 0, "b is idle")
+        assert round(router.model("b")["expires_in_seconds"] / 60) == 7
 
 
 @pytest.mark.req("R23")
@@ -47,3 +52,19 @@ def test_a_file_that_cannot_be_understood_changes_nothing(home: Path) -> None:
         config.write_text('host = "0.0.0.0"\n' + good)
         assert "waiting_for_restart='host'" in _reload(router, "event=reloaded")
         assert router.generate("a")["done"] is True
+
+
+def test_a_terminal_that_is_closed_ends_the_router(home: Path) -> None:
+    """The same signal, another meaning: nobody wants a router to live on without the window it was started in."""
+    master, slave = os.openpty()
+    environment = {**os.environ, "MLX_ROUTER_HOME": str(home), "HF_HOME": str(home / "hf")}
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "mlx_router_server", "start", "--port", "0", "--standby-workers", "0"],
+        env=environment, preexec_fn=lambda: os.login_tty(slave),
+    )  # fmt: skip
+    os.close(slave)
+    said = b""
+    while b"event=catalogue" not in said:  # it serves
+        said += os.read(master, 4096)
+    os.close(master)
+    assert process.wait(20) == -signal.SIGHUP

@@ -65,9 +65,10 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
         print(f"mlx-router {__version__} listens on http://{address}", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
     listener.close()
-    if not server.started:
+    if not server.started and not received:
         return 1
-    if left := app.state.server.supervisor.left_behind:
+    inside: Server | None = getattr(app.state, "server", None)  # none when a signal came before there was anything
+    if inside is not None and (left := inside.supervisor.left_behind):
         print(f"mlx-router: worker processes that could not be ended: {', '.join(map(str, left))}", file=sys.stderr)
         return 1
     if received:
