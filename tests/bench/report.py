@@ -81,7 +81,7 @@ def write_report(found: dict[str, Any]) -> None:
         f"between {swap['small']} and {swap['large']} {swap['times']} times each way with room for one: from the request to",
         "the first piece of text of a short prompt",
         "that neither has seen before (mlx_lm.server keeps what it has read of a prompt beyond a swap; mlx-router does not",
-        "yet). Medians. Wanted: a ratio of 1.0.",
+        "yet). Medians. Wanted: a ratio of 1.0. With both alive and swapping by turns it was 1.16 to 1.44 in earlier runs.",
         "",
         "| to | mlx-router | mlx_lm.server |",
         "|---|---|---|",
