@@ -100,9 +100,14 @@ class UnsupportedCapability(InvalidRequest):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """The prompt does not fit the context."""
+    """The prompt, of so many ``tokens``, does not fit the context, of ``limit``; 0 where that is not known."""
 
     code = ErrorCode.CONTEXT_LENGTH_EXCEEDED
+
+    def __init__(self, message: str, *, param: str | None = None, tokens: int = 0, limit: int = 0) -> None:
+        super().__init__(message, param=param)
+        self.tokens = tokens
+        self.limit = limit
 
 
 class ModelNotFound(MlxRouterError):

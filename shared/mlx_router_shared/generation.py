@@ -1,4 +1,4 @@
-"""The canonical generation request and the closed set of events that answer it.
+"""The canonical requests and the closed set of events that answer them.
 
 The three HTTP dialects translate to and from these; the worker knows nothing else. JSON that belongs to somebody else
 (tool schemas, tool arguments) travels as JSON text, so that the order of its keys and the width of its numbers stay
@@ -11,25 +11,40 @@ from enum import StrEnum
 
 from msgspec import Struct, field
 
+from mlx_router_shared.errors import ContextLengthExceeded, EngineFailed, MlxRouterError, error_from_code
+
 __all__ = [
+    "ContextTokens",
+    "CountRequest",
+    "Counted",
+    "EmbeddingRequest",
     "Event",
     "Failure",
     "Finish",
     "FinishReason",
     "GenerationRequest",
+    "Logprobs",
     "Message",
+    "PromptEcho",
     "ReasoningDelta",
+    "Request",
+    "RerankRequest",
     "Role",
     "Sampling",
+    "Scores",
     "Started",
     "StreamEvents",
     "TextDelta",
     "TokenLogprob",
-    "Logprobs",
     "Tool",
     "ToolCall",
-    "ToolCallDelta",
+    "ToolCallArguments",
+    "ToolCallDone",
+    "ToolCallStarted",
     "Usage",
+    "Vectors",
+    "error_of",
+    "failure_of",
 ]
 
 
@@ -55,6 +70,8 @@ class Message(Struct, frozen=True, kw_only=True):
 
     role: Role
     content: str = ""
+    images: list[bytes] = field(default_factory=list)
+    """Files as they came (PNG, JPEG, WebP, GIF), shown before the text."""
     reasoning: str | None = None
     tool_calls: list[ToolCall] = field(default_factory=list)
     tool_call_id: str | None = None
@@ -67,6 +84,8 @@ class Tool(Struct, frozen=True, kw_only=True):
     name: str
     description: str = ""
     parameters: str = '{"type":"object","properties":{}}'
+    strict: bool = False
+    """Its arguments have to satisfy the schema, also where the model would stray from it."""
 
 
 class Sampling(Struct, frozen=True, kw_only=True):
@@ -88,7 +107,7 @@ class Sampling(Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = field(default_factory=dict)
 
 
-class GenerationRequest(Struct, frozen=True, kw_only=True):
+class GenerationRequest(Struct, frozen=True, kw_only=True, tag="generate"):
     """What a worker needs to answer: either ``messages`` (chat) or ``prompt`` (text as it is).
 
     ``sampling`` holds what the client said, ``sampling_defaults`` what its API promises when nobody says anything;
@@ -97,12 +116,28 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     """
 
     messages: list[Message] = field(default_factory=list)
+    continue_final: bool = False
+    """The last message is the assistant's and is continued, instead of answered."""
     prompt: str | None = None
     prompt_tokens: list[int] = field(default_factory=list)
     """The prompt as token ids of this model; excludes ``prompt``."""
+    suffix: str | None = None
+    """What follows the hole that the answer fills; ``prompt`` is what precedes it."""
+    prefix_tokens: list[int] = field(default_factory=list)
+    """Token ids of an earlier exchange, put before a chat's prompt."""
     tools: list[Tool] = field(default_factory=list)
+    forced_tools: list[str] = field(default_factory=list)
+    """Exactly one of these has to be called, and nothing else may be said; empty: as the model likes."""
+    max_tool_calls: int | None = None
+    """The answer ends after so many calls."""
+    incremental_tools: bool = False
+    """Tell calls while they are written, where the model's format allows it."""
     thinking: bool | None = None
     thinking_effort: str | None = None
+    max_thinking_tokens: int | None = None
+    """Thinking that goes on for longer is ended."""
+    schema: str | None = None
+    """The text of a JSON schema that the answer, not the thinking before it, has to satisfy."""
     sampling: Sampling = field(default_factory=Sampling)
     sampling_defaults: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
@@ -112,6 +147,41 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     """Drop the oldest turns that are not system turns until the prompt fits, instead of refusing."""
     top_logprobs: int | None = None
     """None: no log probabilities; n >= 0: those of the tokens drawn and of the n best."""
+    echo: bool = False
+    """Begin with the prompt, and with its log probabilities if those are wanted."""
+    wants_context: bool = False
+    """Tell all token ids at the end, so that they can be sent back as ``prefix_tokens``."""
+
+
+class EmbeddingRequest(Struct, frozen=True, kw_only=True, tag="embed"):
+    """Texts, or token ids of this model, to be turned into one vector each; one of the two lists is empty."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    truncate: bool = True
+    """Cut what is longer than the context, instead of refusing it."""
+    dimensions: int | None = None
+    """Keep so many of the first components and normalise again."""
+    normalize: bool | None = None
+    """Unit length or not; None: as the model's own files say."""
+
+
+class RerankRequest(Struct, frozen=True, kw_only=True, tag="rerank"):
+    """How well each document answers the query."""
+
+    query: str
+    documents: list[str]
+
+
+class CountRequest(Struct, frozen=True, kw_only=True, tag="count"):
+    """How many tokens the prompt of this request has, for a worker without weights; nothing is generated."""
+
+    path: str
+    """The model's folder."""
+    request: GenerationRequest
+
+
+Request = GenerationRequest | EmbeddingRequest | RerankRequest | CountRequest
 
 
 class Started(Struct, frozen=True, kw_only=True, tag="started"):
@@ -134,8 +204,23 @@ class ReasoningDelta(Struct, frozen=True, kw_only=True, tag="reasoning"):
     text: str
 
 
-class ToolCallDelta(Struct, frozen=True, kw_only=True, tag="tool_call"):
-    """One whole call; ``arguments`` is the text of a JSON object."""
+class ToolCallStarted(Struct, frozen=True, kw_only=True, tag="tool_call_started"):
+    """A call whose arguments are being written; only when ``incremental_tools`` was asked for."""
+
+    index: int
+    id: str
+    name: str
+
+
+class ToolCallArguments(Struct, frozen=True, kw_only=True, tag="tool_call_arguments"):
+    """A piece of the JSON text of a started call's arguments."""
+
+    index: int
+    text: str
+
+
+class ToolCallDone(Struct, frozen=True, kw_only=True, tag="tool_call"):
+    """One whole call; ``arguments`` is the text of a JSON object, the pieces that were told before included."""
 
     index: int
     id: str
@@ -148,7 +233,8 @@ class TokenLogprob(Struct, frozen=True, kw_only=True):
 
     token: str
     data: bytes
-    logprob: float
+    logprob: float | None
+    """None for the first token of a prompt, which nothing predicts."""
     top: list[TokenLogprob] = field(default_factory=list)
 
 
@@ -156,6 +242,40 @@ class Logprobs(Struct, frozen=True, kw_only=True, tag="logprobs"):
     """Log probabilities of the tokens of the text that went before, in order."""
 
     tokens: list[TokenLogprob]
+
+
+class PromptEcho(Struct, frozen=True, kw_only=True, tag="prompt_echo"):
+    """The prompt as text, and its tokens if log probabilities were asked for."""
+
+    text: str
+    tokens: list[TokenLogprob] = field(default_factory=list)
+
+
+class ContextTokens(Struct, frozen=True, kw_only=True, tag="context"):
+    """All token ids of prompt and answer, once, before ``Finish``."""
+
+    tokens: list[int]
+
+
+class Vectors(Struct, frozen=True, kw_only=True, tag="vectors"):
+    """Some of the vectors of an embedding request, in the order of its inputs, which come in order."""
+
+    dimensions: int
+    data: bytes
+    """Little-endian float32, one vector after the other."""
+
+
+class Scores(Struct, frozen=True, kw_only=True, tag="scores"):
+    """The relevance of each document, in their order; larger is better."""
+
+    scores: list[float]
+
+
+class Counted(Struct, frozen=True, kw_only=True, tag="counted"):
+    """The answer to a ``CountRequest``: the length of the prompt, and the prompt as the model would see it."""
+
+    tokens: int
+    text: str
 
 
 class Usage(Struct, frozen=True, kw_only=True, tag="usage"):
@@ -195,9 +315,47 @@ class Failure(Struct, frozen=True, kw_only=True, tag="failure"):
     code: str
     message: str
     param: str | None = None
+    tokens: int = 0
+    """With ``context_length_exceeded``: how long the prompt is, and how long it may be."""
+    limit: int = 0
 
 
-Event = Started | TextDelta | ReasoningDelta | ToolCallDelta | Logprobs | Usage | Finish | Failure
+Event = (
+    Started
+    | TextDelta
+    | ReasoningDelta
+    | ToolCallStarted
+    | ToolCallArguments
+    | ToolCallDone
+    | Logprobs
+    | PromptEcho
+    | ContextTokens
+    | Vectors
+    | Scores
+    | Counted
+    | Usage
+    | Finish
+    | Failure
+)
+
+
+def failure_of(error: MlxRouterError) -> Failure:
+    """What crosses the wire of an error; ``error_of`` makes it one again."""
+    return Failure(
+        code=error.code, message=error.message, param=error.param,
+        tokens=getattr(error, "tokens", 0), limit=getattr(error, "limit", 0),
+    )  # fmt: skip
+
+
+def error_of(failure: Failure) -> MlxRouterError:
+    """The exception that a failure tells of; a code from a newer peer becomes ``EngineFailed``."""
+    error = error_from_code(failure.code, failure.message)
+    if type(error) is MlxRouterError:
+        error = EngineFailed(failure.message)
+    if isinstance(error, ContextLengthExceeded):
+        error.tokens, error.limit = failure.tokens, failure.limit
+    error.param = failure.param
+    return error
 
 
 class StreamEvents(Struct, frozen=True, kw_only=True):

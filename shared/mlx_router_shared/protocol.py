@@ -1,4 +1,4 @@
-"""The messages between router and worker, protocol version 1; docs/protocol.md describes them and a test compares.
+"""The messages between router and worker, protocol version 2; docs/protocol.md describes them and a test compares.
 
 Two closed unions, one per direction. New fields get defaults and old readers ignore them; a field never changes its
 meaning; anything else needs a new PROTOCOL_VERSION, and a worker of another version is refused by a sentence that
@@ -11,7 +11,7 @@ from typing import Final
 
 from msgspec import Struct, field
 
-from mlx_router_shared.generation import GenerationRequest, StreamEvents
+from mlx_router_shared.generation import Request, StreamEvents
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -19,7 +19,6 @@ __all__ = [
     "Bye",
     "Cancel",
     "FromWorker",
-    "Generate",
     "GetStats",
     "Hello",
     "Load",
@@ -31,12 +30,13 @@ __all__ = [
     "Shutdown",
     "Stats",
     "Step",
+    "Submit",
     "ToWorker",
     "Welcome",
     "events_identity",
 ]
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 
 
 class Bootstrap(Struct, frozen=True, kw_only=True):
@@ -46,7 +46,7 @@ class Bootstrap(Struct, frozen=True, kw_only=True):
     worker_id: str
     token: str
     engine: str
-    """The engine kind to import before saying hello: ``mlx`` or ``fake``."""
+    """The engine kind to import before saying hello: ``mlx``, ``embed``, ``tokenizer`` or ``fake``."""
 
 
 def events_identity(worker_id: str) -> str:
@@ -94,11 +94,11 @@ class SetLimits(Struct, frozen=True, kw_only=True, tag="set_limits"):
     """Give back what is kept without being needed."""
 
 
-class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
+class Submit(Struct, frozen=True, kw_only=True, tag="submit"):
     """Answer this request; its events follow in ``Step`` messages and end with one ``Finish`` or ``Failure``."""
 
     request_id: str
-    request: GenerationRequest
+    request: Request
 
 
 class Cancel(Struct, frozen=True, kw_only=True, tag="cancel"):
@@ -119,7 +119,7 @@ class Shutdown(Struct, frozen=True, kw_only=True, tag="shutdown"):
     """After this time the process ends itself without ceremony."""
 
 
-ToWorker = Welcome | Load | SetLimits | Generate | Cancel | GetStats | Shutdown
+ToWorker = Welcome | Load | SetLimits | Submit | Cancel | GetStats | Shutdown
 
 
 # -------------------------------------------------------------------------------------------- from the worker

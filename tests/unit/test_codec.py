@@ -20,10 +20,10 @@ from mlx_router_shared.generation import (
     TextDelta,
     Tool,
     ToolCall,
-    ToolCallDelta,
+    ToolCallDone,
     Usage,
 )
-from mlx_router_shared.protocol import Bootstrap, Generate, Hello, Step
+from mlx_router_shared.protocol import Bootstrap, Submit, Hello, Step
 
 _REQUEST = GenerationRequest(
     messages=[
@@ -38,7 +38,7 @@ _REQUEST = GenerationRequest(
 
 
 def test_a_request_survives_the_wire() -> None:
-    message = Generate(request_id="r1", request=_REQUEST)
+    message = Submit(request_id="r1", request=_REQUEST)
     assert codec.decode_to_worker(codec.encode(message)) == message
 
 
@@ -50,7 +50,7 @@ def test_a_step_survives_the_wire() -> None:
                 request_id="r1",
                 events=[
                     TextDelta(text="é"),
-                    ToolCallDelta(index=0, id="c", name="f", arguments="{}"),
+                    ToolCallDone(index=0, id="c", name="f", arguments="{}"),
                     Usage(prompt_tokens=1, completion_tokens=2),
                     Finish(reason=FinishReason.STOP, stop_string="."),
                 ],
@@ -79,10 +79,10 @@ def test_a_message_for_the_other_direction_is_refused() -> None:
 
 
 def test_the_ceiling_holds_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = codec.encode(Generate(request_id="r", request=_REQUEST))
+    data = codec.encode(Submit(request_id="r", request=_REQUEST))
     monkeypatch.setattr(codec, "MAX_MESSAGE_BYTES", len(data) - 1)
     with pytest.raises(ProtocolError, match="exceeds the limit"):
-        codec.encode(Generate(request_id="r", request=_REQUEST))
+        codec.encode(Submit(request_id="r", request=_REQUEST))
     with pytest.raises(ProtocolError, match="exceeds the limit"):
         codec.decode_to_worker(data)
 

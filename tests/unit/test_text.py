@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_router_shared.generation import Event, Message, ReasoningDelta, Role, TextDelta, Tool, ToolCall, ToolCallDelta
+from mlx_router_shared.generation import Event, Message, ReasoningDelta, Role, TextDelta, Tool, ToolCall, ToolCallDone
 from mlx_router_worker.text.answer import AnswerBuilder
 from mlx_router_worker.text.prompt import drop_oldest, merge_system, template_messages, template_tools
 from mlx_router_worker.text.stop_strings import StopStrings
@@ -36,7 +36,7 @@ def test_stop_strings_cut_the_same_however_the_text_is_split(text: str, stops: l
 def _join(events: list[Event]) -> tuple[str, str, list[tuple[str, str]]]:
     text = "".join(event.text for event in events if isinstance(event, TextDelta))
     thought = "".join(event.text for event in events if isinstance(event, ReasoningDelta))
-    return text, thought, [(event.name, event.arguments) for event in events if isinstance(event, ToolCallDelta)]
+    return text, thought, [(event.name, event.arguments) for event in events if isinstance(event, ToolCallDone)]
 
 
 def _play(builder: AnswerBuilder, *batches: list[tuple[str, str]], cut: bool = False) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from mlx_router_shared.generation import Event, GenerationRequest, StreamEvents
+from mlx_router_shared.generation import Event, Request, StreamEvents
 from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
 
 __all__ = ["Engine", "EngineReading", "Report"]
@@ -30,7 +30,7 @@ class EngineReading:
 
 
 class Engine(Protocol):
-    """Loads one model and answers requests for it, many at once."""
+    """Loads one model and answers requests for it, many at once; a ``CountRequest`` may come without a load."""
 
     def load(self, load: Load, report: Report) -> ModelFacts:
         """Load the model, blocking. Raises ``MlxRouterError`` with a reason for people when that cannot work."""
@@ -42,7 +42,7 @@ class Engine(Protocol):
     def set_limits(self, limits: SetLimits) -> None:
         """Another share of the machine from now on; with ``trim``, give back what is kept without being needed."""
 
-    def submit(self, request_id: str, request: GenerationRequest) -> list[Event]:
+    def submit(self, request_id: str, request: Request) -> list[Event]:
         """Accept a request and return its first events. Raises ``MlxRouterError``; then nothing is changed."""
 
     def cancel(self, request_id: str) -> None:

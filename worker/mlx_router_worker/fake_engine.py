@@ -6,25 +6,39 @@ and to anyone who wants to see what their clients do then. The script is ``fake.
 
 from __future__ import annotations
 
+import array
+import hashlib
 import os
+import secrets
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from mlx_router_shared.errors import ContextLengthExceeded, LoadFailed
 from mlx_router_shared.generation import (
+    Counted,
+    CountRequest,
+    EmbeddingRequest,
     Event,
     Finish,
     FinishReason,
     GenerationRequest,
+    ReasoningDelta,
+    Request,
+    RerankRequest,
+    Role,
+    Scores,
     Started,
     StreamEvents,
     TextDelta,
+    ToolCallDone,
     Usage,
+    Vectors,
 )
 from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
 from mlx_router_worker.engine import EngineReading, Report
@@ -33,6 +47,13 @@ __all__ = ["FakeEngine", "FakeScript"]
 
 _PAGE = 4096
 _BLINK_SECONDS = 0.002
+
+
+class FakeCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool call by script."""
+
+    name: str
+    arguments: dict[str, Any] = {}
 
 
 class FakeScript(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,13 +85,28 @@ class FakeScript(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Together with ``ignore_shutdown`` only KILL ends the process."""
     garbage_at: str = ""
     """Send bytes that are no message."""
+    text: str = ""
+    """The answer, in words; empty: the model's name with a number, ``tokens`` times."""
+    thinking: str = ""
+    """What is thought before, where thinking is wanted."""
+    calls: list[FakeCall] = []
+    """Made, the first that is offered, unless the last message is a result already."""
+    dimensions: int = 8
+    """Of the vectors that an embedding gets; they depend on the text alone."""
+    capabilities: list[str] = []
+    """For the catalogue; empty: all."""
 
 
 class _Stream:
-    __slots__ = ("due", "made", "prompt_tokens", "request_id", "started", "wanted")
+    __slots__ = ("call", "due", "made", "pieces", "prompt_tokens", "request_id", "started", "wanted")
 
-    def __init__(self, request_id: str, prompt_tokens: int, wanted: int, now: float) -> None:
+    def __init__(
+        self, request_id: str, prompt_tokens: int, wanted: int, now: float, pieces: list[Event], call: bool
+    ) -> None:
         self.request_id = request_id
+        self.pieces = pieces
+        """What the answer is made of, if not of numbered words."""
+        self.call = call
         self.prompt_tokens = prompt_tokens
         self.wanted = wanted
         self.made = 0
@@ -134,17 +170,64 @@ class FakeEngine:
             file=sys.stderr, flush=True,
         )  # fmt: skip
 
-    def submit(self, request_id: str, request: GenerationRequest) -> list[Event]:
-        words = sum(len(message.content.split()) for message in request.messages)
-        prompt_tokens = words + len((request.prompt or "").split()) or 1
+    def submit(self, request_id: str, request: Request) -> list[Event]:
+        match request:
+            case CountRequest():
+                return [Counted(tokens=_words(request.request), text=""), Finish(reason=FinishReason.STOP)]
+            case EmbeddingRequest():
+                texts = request.texts + [str(tokens) for tokens in request.tokens]
+                return [Started(prompt_tokens=len(texts)), *self._embed(texts)]
+            case RerankRequest():
+                wanted = set(request.query.split())
+                scores = [float(len(wanted & set(text.split()))) for text in request.documents]
+                usage = Usage(prompt_tokens=len(scores), completion_tokens=0)
+                return [Scores(scores=scores), usage, Finish(reason=FinishReason.STOP)]
+            case GenerationRequest():
+                return self._generate(request_id, request)
+
+    def _embed(self, texts: list[str]) -> list[Event]:
+        data = b""
+        for text in texts:
+            digest = hashlib.shake_256(text.encode()).digest(self._script.dimensions)
+            values = [byte - 127.5 for byte in digest]
+            length = sum(value * value for value in values) ** 0.5
+            data += array.array("f", [value / length for value in values]).tobytes()
+        usage = Usage(prompt_tokens=len(texts), completion_tokens=0)
+        return [Vectors(dimensions=self._script.dimensions, data=data), usage, Finish(reason=FinishReason.STOP)]
+
+    def _generate(self, request_id: str, request: GenerationRequest) -> list[Event]:
+        prompt_tokens = _words(request)
         limit = self._script.context_tokens
         if prompt_tokens >= limit:
             raise ContextLengthExceeded(
-                f"input length ({prompt_tokens} tokens) exceeds the model's maximum context length ({limit} tokens)"
+                f"input length ({prompt_tokens} tokens) exceeds the model's maximum context length ({limit} tokens)",
+                tokens=prompt_tokens,
+                limit=limit,
             )
-        wanted = min(self._script.tokens, request.max_tokens or self._script.tokens, limit - prompt_tokens)
-        self._streams[request_id] = _Stream(request_id, prompt_tokens, wanted, time.monotonic())
+        pieces = self._pieces(request)
+        length = len(pieces) or self._script.tokens
+        wanted = min(length, request.max_tokens or length, limit - prompt_tokens)
+        call = any(isinstance(piece, ToolCallDone) for piece in pieces)
+        self._streams[request_id] = _Stream(request_id, prompt_tokens, wanted, time.monotonic(), pieces, call)
         return [Started(prompt_tokens=prompt_tokens)]
+
+    def _pieces(self, request: GenerationRequest) -> list[Event]:
+        script = self._script
+        answered = bool(request.messages) and request.messages[-1].role is Role.TOOL
+        offered = request.forced_tools or [tool.name for tool in request.tools if not answered]
+        calls = [call for call in script.calls if call.name in offered]
+        if request.forced_tools and not calls:
+            calls = [FakeCall(name=request.forced_tools[0])]
+        out: list[Event] = []
+        if script.thinking and request.thinking is not False:
+            out += [ReasoningDelta(text=word + " ") for word in script.thinking.split()]
+        if calls:
+            call_id = "call_" + secrets.token_hex(12)
+            arguments = msgspec.json.encode(calls[0].arguments).decode()
+            return [*out, ToolCallDone(index=0, id=call_id, name=calls[0].name, arguments=arguments)]
+        if script.text:
+            return out + [TextDelta(text=text) for text in script.text.replace(" ", " \0").split("\0")]
+        return out
 
     def cancel(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
@@ -167,10 +250,13 @@ class FakeEngine:
                 self._misbehave("generate")
             if self._script.tokens_per_second:
                 stream.due += 1 / self._script.tokens_per_second
-            events: list[Event] = [TextDelta(text=f"{self._model}-{stream.made} ")]
+            word = TextDelta(text=f"{self._model}-{stream.made} ")
+            events: list[Event] = [stream.pieces[stream.made - 1] if stream.pieces else word]
             if stream.made >= stream.wanted:
                 del self._streams[stream.request_id]
-                reason = FinishReason.STOP if stream.wanted == self._script.tokens else FinishReason.LENGTH
+                whole = stream.wanted == (len(stream.pieces) or self._script.tokens)
+                reason = FinishReason.TOOL_CALLS if stream.call else FinishReason.STOP
+                reason = reason if whole else FinishReason.LENGTH
                 events += [
                     Usage(
                         prompt_tokens=stream.prompt_tokens,
@@ -203,3 +289,9 @@ class FakeEngine:
             os._exit(self._script.exit_status)
         while self._script.hang_at == point:
             time.sleep(3600)
+
+
+def _words(request: GenerationRequest) -> int:
+    """Its length, in the tokens of a model whose tokens are words."""
+    words = sum(len(message.content.split()) for message in request.messages)
+    return words + len((request.prompt or "").split()) + len(request.prompt_tokens) or 1

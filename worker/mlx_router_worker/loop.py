@@ -22,11 +22,10 @@ from typing import assert_never
 import msgspec
 
 from mlx_router_shared.errors import EngineFailed, ErrorCode, MlxRouterError
-from mlx_router_shared.generation import Failure, Finish, StreamEvents
+from mlx_router_shared.generation import CountRequest, Failure, Finish, StreamEvents, failure_of
 from mlx_router_shared.protocol import (
     Bye,
     Cancel,
-    Generate,
     GetStats,
     Load,
     LoadFailed,
@@ -35,6 +34,7 @@ from mlx_router_shared.protocol import (
     SetLimits,
     Shutdown,
     Step,
+    Submit,
     ToWorker,
     Welcome,
 )
@@ -93,7 +93,7 @@ class ComputeLoop:
         match command:
             case Load():
                 return self._load(command)
-            case Generate():
+            case Submit():
                 self._submit(command)
             case Cancel():
                 self._engine.cancel(command.request_id)
@@ -154,13 +154,13 @@ class ComputeLoop:
         except Exception as error:  # what the model raises here it will raise again where it can be reported
             log.warning("event=warm_up_failed error=%r", error)
 
-    def _submit(self, command: Generate) -> None:
+    def _submit(self, command: Submit) -> None:
         try:
-            if not self._loaded:
+            if not self._loaded and not isinstance(command.request, CountRequest):
                 raise EngineFailed("this worker has no model")
             events = self._engine.submit(command.request_id, command.request)
         except MlxRouterError as error:
-            events = [Failure(code=error.code, message=error.message, param=error.param)]
+            events = [failure_of(error)]
         except Exception as error:
             log.exception("event=submit_failed request=%s", command.request_id)
             events = [Failure(code=ErrorCode.ENGINE_FAILED, message=f"{type(error).__name__}: {error}")]

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _ENGINES = {
     "mlx": ("mlx_router_worker.mlx_engine", "MlxEngine"),
+    "embed": ("mlx_router_worker.mlx_embedding", "EmbeddingEngine"),
+    "tokenizer": ("mlx_router_worker.tokenizer_engine", "TokenizerEngine"),
     "fake": ("mlx_router_worker.fake_engine", "FakeEngine"),
 }
 _EXIT_USAGE = 2

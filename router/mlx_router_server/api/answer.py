@@ -26,7 +26,7 @@ from mlx_router_server.dialects.statuses import for_the_public, retry_after, sta
 from mlx_router_server.workers.lease import Lease
 from mlx_router_server.workers.plan import LoadPlan, Wishes
 from mlx_router_shared.errors import EngineFailed, MlxRouterError, error_from_code
-from mlx_router_shared.generation import Event, Failure, ToolCallDelta
+from mlx_router_shared.generation import Event, Failure, ToolCallDone
 
 __all__ = ["Answer", "AnswerStyle", "load_only"]
 
@@ -157,7 +157,7 @@ class Answer:
             async for batch in batches:
                 events = batch
                 if most_calls is not None:
-                    events = [e for e in batch if not (isinstance(e, ToolCallDelta) and e.index >= most_calls)]
+                    events = [e for e in batch if not (isinstance(e, ToolCallDone) and e.index >= most_calls)]
                 failure = events[-1] if events and isinstance(events[-1], Failure) else None
                 if failure is None:
                     yield events

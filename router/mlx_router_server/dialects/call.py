@@ -16,7 +16,7 @@ from mlx_router_shared.generation import (
     Started,
     TextDelta,
     TokenLogprob,
-    ToolCallDelta,
+    ToolCallDone,
     Usage,
 )
 from mlx_router_shared.generation import Logprobs as LogprobsEvent
@@ -85,7 +85,7 @@ class Transcript:
 
     text: str = ""
     reasoning: str = ""
-    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    tool_calls: list[ToolCallDone] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
     finish: Finish = field(default_factory=lambda: Finish(reason=FinishReason.STOP))
@@ -97,7 +97,7 @@ class Transcript:
                 self.text += event.text
             case ReasoningDelta():
                 self.reasoning += event.text
-            case ToolCallDelta():
+            case ToolCallDone():
                 self.tool_calls.append(event)
             case LogprobsEvent():
                 self.logprobs += event.tokens

@@ -20,7 +20,7 @@ from mlx_router_shared.generation import (
     Started,
     TextDelta,
     TokenLogprob,
-    ToolCallDelta,
+    ToolCallDone,
     Usage,
 )
 
@@ -111,7 +111,7 @@ class OllamaStream:
                 return self._line(_object(self._kind, self._model, moment, event.text, "", []))
             case ReasoningDelta():
                 return self._line(_object(self._kind, self._model, moment, "", event.text, []))
-            case ToolCallDelta():
+            case ToolCallDone():
                 return self._line(_object(self._kind, self._model, moment, "", "", [event]))
             case Logprobs():
                 answer = _object(self._kind, self._model, moment, "", "", [])
@@ -137,7 +137,7 @@ class OllamaStream:
 
 
 def _object(
-    kind: Kind, model: str, moment: Moment, text: str, thinking: str, calls: list[ToolCallDelta]
+    kind: Kind, model: str, moment: Moment, text: str, thinking: str, calls: list[ToolCallDone]
 ) -> dict[str, Any]:
     answer: dict[str, Any] = {"model": model, "created_at": utc_time(moment.now)}
     if kind == "chat":
@@ -157,7 +157,7 @@ def _object(
     return answer
 
 
-def _call(call: ToolCallDelta) -> dict[str, Any]:
+def _call(call: ToolCallDone) -> dict[str, Any]:
     function = {"index": call.index, "name": call.name, "arguments": json.loads(call.arguments)}
     return {"id": call.id, "function": function}
 

@@ -17,7 +17,7 @@ from mlx_router_shared.generation import (
     ReasoningDelta,
     TextDelta,
     TokenLogprob,
-    ToolCallDelta,
+    ToolCallDone,
     Usage,
 )
 
@@ -106,7 +106,7 @@ class OpenAIStream:
                 return self._chunk({"content": event.text}) if self._kind == "chat" else self._text(event.text)
             case ReasoningDelta():
                 return self._chunk({"reasoning_content": event.text, "reasoning": event.text})
-            case ToolCallDelta():
+            case ToolCallDone():
                 return self._chunk({"tool_calls": [_call(event)]})
             case Logprobs():
                 content = {"content": [_logprob(token) for token in event.tokens], "refusal": None}
@@ -145,7 +145,7 @@ class OpenAIStream:
         return b"data: " + msgspec.json.encode(frame) + b"\n\n"
 
 
-def _call(call: ToolCallDelta) -> dict[str, Any]:
+def _call(call: ToolCallDone) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
     return {"index": call.index, "id": call.id, "type": "function", "function": function}
 

@@ -21,7 +21,7 @@ from mlx_router_shared.protocol import (
     Bye,
     Cancel,
     FromWorker,
-    Generate,
+    Submit,
     GetStats,
     Hello,
     Load,
@@ -189,7 +189,7 @@ class WorkerHandle:
         try:
             if self.exited.is_set():
                 raise WorkerDied(self.exit_reason)
-            self._link.send(self.worker_id, Generate(request_id=request_id, request=request))
+            self._link.send(self.worker_id, Submit(request_id=request_id, request=request))
             while not ended:
                 events = await inbox.take()
                 ended = isinstance(events[-1], Finish | Failure)

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from mlx_router_server.workers.handle import WorkerHandle
 from mlx_router_server.workers.timings import SwapTimings
-from mlx_router_shared.generation import Event, GenerationRequest, ReasoningDelta, TextDelta, ToolCallDelta
+from mlx_router_shared.generation import Event, GenerationRequest, ReasoningDelta, TextDelta, ToolCallDone
 from mlx_router_shared.protocol import ModelFacts
 
 __all__ = ["Lease"]
@@ -47,6 +47,6 @@ class Lease:
             await stream.aclose()
 
     def _note_first_token(self, events: list[Event]) -> None:
-        if any(isinstance(event, TextDelta | ReasoningDelta | ToolCallDelta) for event in events):
+        if any(isinstance(event, TextDelta | ReasoningDelta | ToolCallDone) for event in events):
             self._timings.first_token_seconds = time.monotonic() - self._granted_at
             self._on_first_token()

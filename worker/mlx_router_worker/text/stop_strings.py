@@ -14,6 +14,13 @@ class StopStrings:
     def __init__(self, stops: list[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
+        self.cut = 0
+        """Length of what was dropped when a stop string was met, itself included."""
+
+    @property
+    def held(self) -> int:
+        """Length of the text that waits for the next piece."""
+        return len(self._held)
 
     def feed(self, text: str) -> tuple[str, str | None]:
         """Take a piece; returns the text that is safe to show and the stop string that was met, if one was."""
@@ -25,6 +32,7 @@ class StopStrings:
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             end, at = min(found)
+            self.cut = len(text) - at
             return text[:at], text[at:end]
         keep = max(self._overlap(text, stop) for stop in self._stops)
         if keep:

@@ -1,0 +1,109 @@
+"""What every engine on MLX does alike: read weights with progress, keep to its share of memory, give it all back."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model, load_tokenizer
+
+from mlx_router_shared.protocol import Load, SetLimits
+from mlx_router_worker.engine import EngineReading, Report
+
+__all__ = ["MlxBase"]
+
+_DEFAULT_CPU_CACHE: Final = 32 * 2**20  # MLX's own choice on Linux, where more is only lost
+_EVALUATE_BYTES: Final = 128 * 2**20
+_DEFAULT_CONTEXT: Final = 4096
+
+
+class MlxBase:
+    """Half an ``Engine``; what it computes is said by those who derive from it."""
+
+    def __init__(self) -> None:
+        info = mx.device_info()
+        self.working_set_bytes = int(info.get("max_recommended_working_set_size", 0))
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._context_tokens = 0
+        self._vocabulary = 0
+        self._weights_bytes = 0
+        self._weights_seconds = 0.0
+        self._tokens_total = 0
+        self._wired_bytes = 0
+
+    def _load_weights(self, load: Load, report: Report, *, strict: bool = True) -> dict[str, Any]:
+        """Model, tokenizer and the figures about them. Returns the model's configuration."""
+        self._apply_limits(load.memory_limit_bytes, load.cache_limit_bytes)
+        started = time.perf_counter()
+        path = Path(load.path)
+        report("weights", 0.0)
+        model, config = load_model(path, lazy=True, strict=strict)
+        self._model, self._tokenizer = model, load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+        self._weights_bytes = self._evaluate(report)
+        self._weights_seconds = time.perf_counter() - started
+        text_config = config.get("text_config") or config
+        limit = int(text_config.get("max_position_embeddings") or _DEFAULT_CONTEXT)
+        self._context_tokens = min(limit, load.context_tokens) if load.context_tokens else limit
+        self._vocabulary = int(text_config.get("vocab_size") or len(self._tokenizer))
+        self._wired_bytes = load.wired_limit_bytes
+        return config
+
+    def _evaluate(self, report: Report) -> int:
+        """Read the weights in portions, so that progress can be told; the next is begun before the last is waited for.
+        Returns their bytes."""
+        arrays = [array for _, array in tree_flatten(self._model.parameters())]
+        total = sum(array.nbytes for array in arrays)
+        portions: list[list[mx.array]] = [[]]
+        size = 0
+        for array in arrays:
+            portions[-1].append(array)
+            size += array.nbytes
+            if size >= _EVALUATE_BYTES:
+                portions.append([])
+                size = 0
+        done = 0
+        mx.async_eval(portions[0])
+        for portion, following in zip(portions, [*portions[1:], []], strict=True):
+            mx.async_eval(following)
+            mx.eval(portion)
+            done += sum(array.nbytes for array in portion)
+            report("weights", done / max(total, 1))
+        return total
+
+    # ------------------------------------------------------------------- limits
+
+    def set_limits(self, limits: SetLimits) -> None:
+        self._apply_limits(limits.memory_limit_bytes, limits.cache_limit_bytes)
+        self._wired_bytes = limits.wired_limit_bytes
+        self._apply_wired_limit()
+        if limits.trim:
+            mx.clear_cache()
+
+    @staticmethod
+    def _apply_limits(memory_bytes: int, cache_bytes: int) -> None:
+        if memory_bytes:
+            mx.set_memory_limit(memory_bytes)
+        if cache_bytes:
+            mx.set_cache_limit(min(cache_bytes, _DEFAULT_CPU_CACHE) if not mx.metal.is_available() else cache_bytes)
+
+    def _apply_wired_limit(self) -> None:
+        if self._wired_bytes and mx.metal.is_available():
+            mx.set_wired_limit(self._wired_bytes)
+
+    def reading(self) -> EngineReading:
+        return EngineReading(
+            memory_bytes=mx.get_active_memory() + mx.get_cache_memory(),
+            cache_bytes=mx.get_cache_memory(),
+            peak_bytes=mx.get_peak_memory(),
+            tokens_total=self._tokens_total,
+        )
+
+    def close(self) -> None:
+        """Wired memory is given back while the process still answers: a hard kill can strand it on macOS."""
+        self._model = self._tokenizer = None
+        mx.synchronize()
+        mx.clear_cache()

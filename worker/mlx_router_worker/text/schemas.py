@@ -1,0 +1,58 @@
+"""JSON schemas as grammars: the answer's own, and those of the calls that a model may make."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from llguidance import LLMatcher
+
+from mlx_router_shared.generation import Tool
+
+__all__ = ["answer_grammar", "call_grammar"]
+
+# A weak model wanders off in white space between two tokens, where JSON allows any amount of it.
+_WHITE_SPACE: Final = r" ?|\n {0,32}"
+
+
+def answer_grammar(schema: str) -> str:
+    """The grammar of a JSON text that satisfies the schema."""
+    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITE_SPACE})
+
+
+def call_grammar(tools: list[Tool]) -> str:
+    """The grammar of ``{"name": …, "arguments": {…}}`` for one of these tools.
+
+    Of a tool that is not strict, keywords that the grammar library does not know are passed over.
+    """
+    calls = [_call_schema(tool, "" if len(tools) == 1 else f"/anyOf/{number}") for number, tool in enumerate(tools)]
+    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    lenient = not any(tool.strict for tool in tools)
+    return LLMatcher.grammar_from_json_schema(
+        json.dumps(schema), overrides={"whitespace_pattern": _WHITE_SPACE, "lenient": lenient}
+    )
+
+
+def _call_schema(tool: Tool, at: str) -> dict[str, Any]:
+    parameters = _rebased(json.loads(tool.parameters), f"#{at}/properties/arguments")
+    if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
+        parameters = {}
+    return {
+        "type": "object",
+        "properties": {"name": {"const": tool.name}, "arguments": {"type": "object", **parameters}},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _rebased(node: Any, root: str) -> Any:
+    """References into a schema that is now a part of another one."""
+    if isinstance(node, list):
+        return [_rebased(item, root) for item in node]
+    if not isinstance(node, dict):
+        return node
+    out = {name: _rebased(value, root) for name, value in node.items() if name not in ("$schema", "$id")}
+    reference = node.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        out["$ref"] = root + reference[1:]
+    return out

@@ -1,0 +1,76 @@
+"""Counts prompts without weights: the same templates and tokenizers as where the model is loaded.
+
+One such worker serves all models; it keeps the tokenizers that were used last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from mlx_lm.utils import load_tokenizer
+
+from mlx_router_shared.errors import InvalidRequest, LoadFailed
+from mlx_router_shared.generation import Counted, CountRequest, Event, Finish, FinishReason, Request, StreamEvents
+from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
+from mlx_router_worker.engine import EngineReading, Report
+from mlx_router_worker.text.renderer import PromptRenderer
+
+__all__ = ["TokenizerEngine"]
+
+_MOST_TOKENIZERS: Final = 4
+
+
+class TokenizerEngine:
+    """Implements ``Engine``; needs no ``Load``, and answers ``CountRequest`` alone."""
+
+    def __init__(self, _send_bytes: Callable[[bytes], None]) -> None:
+        self._renderers: OrderedDict[str, PromptRenderer] = OrderedDict()
+
+    def load(self, load: Load, report: Report) -> ModelFacts:
+        raise LoadFailed("this worker only counts tokens")
+
+    def warm_up(self) -> None:
+        pass
+
+    def set_limits(self, limits: SetLimits) -> None:
+        pass
+
+    def submit(self, request_id: str, request: Request) -> list[Event]:
+        if not isinstance(request, CountRequest):
+            raise InvalidRequest("this worker only counts tokens")
+        tokens, text = self._renderer(request.path).count(request.request)
+        return [Counted(tokens=tokens, text=text), Finish(reason=FinishReason.STOP)]
+
+    def cancel(self, request_id: str) -> None:
+        pass
+
+    @property
+    def streams(self) -> int:
+        return 0
+
+    def step(self) -> list[StreamEvents]:
+        return []
+
+    def reading(self) -> EngineReading:
+        return EngineReading()
+
+    def close(self) -> None:
+        self._renderers.clear()
+
+    def _renderer(self, path: str) -> PromptRenderer:
+        renderer = self._renderers.get(path)
+        if renderer is None:
+            config: dict[str, Any] = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+            tokenizer = load_tokenizer(Path(path))
+            text = config.get("text_config") or config
+            size = int(text.get("vocab_size") or len(tokenizer))
+            renderer = PromptRenderer(tokenizer, int(text.get("max_position_embeddings") or 4096), size)
+        self._renderers[path] = renderer
+        self._renderers.move_to_end(path)
+        if len(self._renderers) > _MOST_TOKENIZERS:
+            self._renderers.popitem(last=False)
+        return renderer
