@@ -12,7 +12,7 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from mlx_router_server.api import admin, errors, ollama, openai
+from mlx_router_server.api import admin, anthropic, errors, ollama, openai, responses
 from mlx_router_server.api.edge import Edge
 from mlx_router_server.api.server import Server
 from mlx_router_server.catalogue.catalogue import Catalogue, Registered, Sources
@@ -52,7 +52,7 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
             await catalogue.stop()
 
     app = Starlette(
-        routes=ollama.routes() + openai.routes() + admin.routes(),
+        routes=ollama.routes() + openai.routes() + responses.routes() + anthropic.routes() + admin.routes(),
         lifespan=lifespan,
         middleware=[Middleware(Edge, bound_host=settings.host, allowed_origins=settings.allowed_origins)],
     )

@@ -177,6 +177,14 @@ class Settings:
     stop_timeout_seconds: float = _setting(
         10.0, kinds.seconds, "How long a worker may take to exit before it is sent a signal.", unit="seconds"
     )
+    strict: bool = _setting(
+        False, kinds.boolean, "Refuse requests with fields that this server ignores, instead of naming them in the "
+        "header X-Ignored-Fields.",
+    )  # fmt: skip
+    responses_kept: int = _setting(
+        200, kinds.integer, "Most answers of /v1/responses kept in memory for previous_response_id; 0 keeps none."
+    )
+    responses_keep_seconds: float = _setting(3600.0, kinds.seconds, "How long such an answer is kept.", unit="seconds")
     allowed_origins: tuple[str, ...] = _setting(
         (), kinds.names, "Web origins that may use the server beside those of this machine; * allows all.",
         ollama="OLLAMA_ORIGINS", restart=True,

@@ -6,8 +6,10 @@ code names. Each API maps codes to its own shapes and statuses in one table; nob
     MlxRouterError
     ├── InvalidRequest              what was sent can never work
     │   ├── UnsupportedCapability   this model cannot do that
-    │   └── ContextLengthExceeded   the prompt is longer than the context
-    ├── ModelNotFound               the name is nobody's
+    │   ├── ContextLengthExceeded   the prompt is longer than the context
+    │   └── PreviousResponseMissing what a request goes on from is not kept
+    ├── NotFound                    there is nothing at that address
+    │   └── ModelNotFound           the name is nobody's
     ├── ModelTooLarge               would not fit, even alone
     ├── Unavailable                 may work later: carries the seconds after which to try again
     │   ├── Overloaded              a queue is full
@@ -41,7 +43,9 @@ __all__ = [
     "MlxRouterError",
     "ModelNotFound",
     "ModelTooLarge",
+    "NotFound",
     "Overloaded",
+    "PreviousResponseMissing",
     "ProtocolError",
     "ShuttingDown",
     "Unavailable",
@@ -59,6 +63,8 @@ class ErrorCode(StrEnum):
     INVALID_REQUEST = "invalid_request"
     UNSUPPORTED_CAPABILITY = "unsupported_capability"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    PREVIOUS_RESPONSE_MISSING = "previous_response_not_found"
+    NOT_FOUND = "not_found"
     MODEL_NOT_FOUND = "model_not_found"
     MODEL_TOO_LARGE = "model_too_large"
     UNAVAILABLE = "unavailable"
@@ -110,7 +116,19 @@ class ContextLengthExceeded(InvalidRequest):
         self.limit = limit
 
 
-class ModelNotFound(MlxRouterError):
+class PreviousResponseMissing(InvalidRequest):
+    """The response that a request wants to go on from is not, or no longer, kept."""
+
+    code = ErrorCode.PREVIOUS_RESPONSE_MISSING
+
+
+class NotFound(MlxRouterError):
+    """What an address names does not exist."""
+
+    code = ErrorCode.NOT_FOUND
+
+
+class ModelNotFound(NotFound):
     """No model of that name is known here."""
 
     code = ErrorCode.MODEL_NOT_FOUND

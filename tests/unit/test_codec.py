@@ -23,7 +23,7 @@ from mlx_router_shared.generation import (
     ToolCallDone,
     Usage,
 )
-from mlx_router_shared.protocol import Bootstrap, Submit, Hello, Step
+from mlx_router_shared.protocol import Bootstrap, Hello, Step, Submit
 
 _REQUEST = GenerationRequest(
     messages=[

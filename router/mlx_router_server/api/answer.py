@@ -16,19 +16,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from mlx_router_server.api.disconnect import ClientLeft, unless_client_leaves
+from mlx_router_server.api.errors import error_response
 from mlx_router_server.api.heartbeat import Heartbeat, beating
-from mlx_router_server.api.server import Server
+from mlx_router_server.api.server import Server, server_of
+from mlx_router_server.api.wishes import read_wishes
 from mlx_router_server.dialects.call import Call, Moment, StreamRenderer, Transcript
-from mlx_router_server.dialects.statuses import for_the_public, retry_after, status_of
+from mlx_router_server.dialects.statuses import for_the_public
 from mlx_router_server.workers.lease import Lease
 from mlx_router_server.workers.plan import LoadPlan, Wishes
-from mlx_router_shared.errors import EngineFailed, MlxRouterError, error_from_code
-from mlx_router_shared.generation import Event, Failure, ToolCallDone
+from mlx_router_shared.errors import InvalidRequest, MlxRouterError
+from mlx_router_shared.generation import Event, Failure, Finish, error_of
+from mlx_router_shared.generation import Request as CanonicalRequest
 
-__all__ = ["Answer", "AnswerStyle", "load_only"]
+__all__ = ["Answer", "AnswerStyle", "answer", "load_only", "refuse_ignored"]
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +41,36 @@ log = logging.getLogger(__name__)
 class AnswerStyle:
     """How one API answers one request."""
 
-    whole: Callable[[Transcript, Moment], dict[str, Any]]
-    stream: Callable[[], StreamRenderer]
-    error: Callable[[MlxRouterError], dict[str, Any]]
+    whole: Callable[[list[Transcript], Moment], dict[str, Any]]
+    stream: Callable[[], StreamRenderer] | None = None
+    """None: it is never streamed."""
     whole_media_type: str = "application/json"
+    on_end: Callable[[list[Transcript]], None] | None = None
+    """Called once everything is known, before the client is told of the end."""
 
 
 async def load_only(server: Server, plan: LoadPlan, wishes: Wishes) -> float:
     """Have a model loaded and use it for nothing. Returns the seconds that took."""
     async with server.door.acquire(plan, wishes) as lease:
         return lease.waited_seconds
+
+
+def refuse_ignored(server: Server, call: Call) -> None:
+    """Where the operator is strict, a field that would change nothing is an error."""
+    if server.settings.strict and call.ignored:
+        names = ", ".join(call.ignored)
+        raise InvalidRequest(f"this server ignores {names}, and its operator wants that refused", param=call.ignored[0])
+
+
+async def answer(request: Request, call: Call, style: AnswerStyle) -> Answer:
+    """What every inference handler returns. Raises before a model is touched."""
+    server = server_of(request)
+    refuse_ignored(server, call)
+    if not call.model.strip() and not server.settings.default_model:
+        raise InvalidRequest("model is required", param="model")
+    entry = await server.resolve(call.model)
+    server.check_capabilities(entry, call.model, call.needs)
+    return Answer(server, server.plan(entry), call, read_wishes(request, call.keep_alive_seconds), style)
 
 
 class Answer:
@@ -64,16 +88,16 @@ class Answer:
         self._heartbeat = Heartbeat()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = scope.get("state", {}).get("request_id", "")
         try:
-            await unless_client_leaves(receive, self._answer(send, request_id))
+            await unless_client_leaves(receive, self._answer(scope, receive, send))
         except ClientLeft:
             pass  # said in the log already; there is nobody else to tell
 
-    async def _answer(self, send: Send, request_id: str) -> None:
-        renderer = self._style.stream() if self._call.stream else None
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = scope.get("state", {}).get("request_id", "")
+        renderer = self._style.stream() if self._call.stream and self._style.stream is not None else None
         if self._call.ignored:
-            log.info("event=options_without_meaning request=%s names=%r", request_id, ",".join(self._call.ignored))
+            log.info("event=ignored_fields request=%s names=%r", request_id, ",".join(self._call.ignored))
         outcome = "ok"
         happenings = self._server.supervisor.happenings
         happenings.tell("request", request=request_id, model=self._plan.spec.name, stream=self._call.stream)
@@ -89,7 +113,11 @@ class Answer:
             raise
         except MlxRouterError as error:
             outcome = error.code.value
-            await self._send_error(error, renderer, send)
+            if renderer is not None and self._begun:
+                data = renderer.fail(for_the_public(error))
+                await send({"type": "http.response.body", "body": data, "more_body": False})
+            else:
+                await error_response(scope, error)(scope, receive, send)
         finally:
             log.info(
                 "event=request request=%s model=%r stream=%s outcome=%s seconds=%.3f load_seconds=%.3f",
@@ -106,13 +134,17 @@ class Answer:
             )  # fmt: skip
 
     async def _send_whole(self, lease: Lease, send: Send) -> None:
-        transcript = Transcript()
+        transcripts = [Transcript() for _ in self._call.requests]
         async with aclosing(self._events(lease)) as batches:
-            async for events in batches:
+            async for choice, events in batches:
                 for event in events:
-                    transcript.add(event)
-        body = msgspec.json.encode(self._style.whole(transcript, self._moment()))
-        await self._send_json(200, body, self._style.whole_media_type, {}, send)
+                    transcripts[choice].add(event)
+        body = msgspec.json.encode(self._style.whole(transcripts, self._moment()))
+        if self._style.on_end is not None:
+            self._style.on_end(transcripts)
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send(self._head(self._style.whole_media_type, headers))
+        await send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _send_stream(self, renderer: StreamRenderer, request_id: str, send: Send) -> None:
         """The wait for the model is part of the stream: it may need signs of life."""
@@ -122,70 +154,103 @@ class Answer:
             await self._begin(renderer, moment, send)
             await self._send_part(renderer.keep_alive(moment), moment, send)
 
+        transcripts = [Transcript() for _ in self._call.requests]
         async with (
             beating(self._heartbeat, self._server.settings.heartbeat_seconds, beat),
             self._server.door.acquire(self._plan, self._wishes, label=request_id) as lease,
         ):
             self._loaded = time.monotonic()
             async with aclosing(self._events(lease)) as batches:
-                async for events in batches:
+                async for choice, events in batches:
                     moment = self._moment()
                     await self._begin(renderer, moment, send)
-                    data = b"".join(renderer.on(event, moment) for event in events)
+                    data = b"".join(renderer.on(event, moment, choice) for event in events)
+                    if self._style.on_end is not None:
+                        for event in events:
+                            transcripts[choice].add(event)
+                        if isinstance(events[-1], Finish):
+                            self._style.on_end(transcripts)
                     await self._send_part(data, moment, send)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send({"type": "http.response.body", "body": renderer.end(self._moment()), "more_body": False})
 
     async def _begin(self, renderer: StreamRenderer, moment: Moment, send: Send) -> None:
         """The status line and what the API sends before the first event, once."""
         if self._begun:
             return
         self._begun = True
-        headers = [(b"content-type", renderer.media_type.encode()), (b"cache-control", b"no-cache")]
         first = renderer.start(moment)
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send(self._head(renderer.media_type, [(b"cache-control", b"no-cache")]))
         await self._send_part(first, moment, send)
+
+    def _head(self, media_type: str, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
+        if self._call.ignored:
+            names = ",".join(self._call.ignored).encode("ascii", "replace")
+            headers = [*headers, (b"x-ignored-fields", names[:1000].replace(b"\n", b"?").replace(b"\r", b"?"))]
+        return {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(b"content-type", media_type.encode()), *headers],
+        }
 
     async def _send_part(self, data: bytes, moment: Moment, send: Send) -> None:
         if data:
             self._heartbeat.sent(self._received + moment.total_seconds)
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def _events(self, lease: Lease) -> AsyncGenerator[list[Event], None]:
-        """The events of the worker; a failure is raised after what came before it."""
-        most_calls = self._call.most_tool_calls
-        async with aclosing(lease.generate(self._call.request)) as batches:
-            async for batch in batches:
-                events = batch
-                if most_calls is not None:
-                    events = [e for e in batch if not (isinstance(e, ToolCallDone) and e.index >= most_calls)]
+    # ------------------------------------------------------------------- events
+
+    async def _events(self, lease: Lease) -> AsyncGenerator[tuple[int, list[Event]], None]:
+        """What the worker tells, with the number of the choice it is about."""
+        if len(self._call.requests) > 1:
+            async with aclosing(self._events_of_many(lease)) as batches:
+                async for choice, events in batches:
+                    yield choice, events
+            return
+        async with aclosing(self._events_of_one(lease, self._call.requests[0])) as single:
+            async for events in single:
+                yield 0, events
+
+    async def _events_of_one(self, lease: Lease, request: CanonicalRequest) -> AsyncGenerator[list[Event], None]:
+        """A failure is raised after what came before it."""
+        async with aclosing(lease.generate(request)) as batches:
+            async for events in batches:
                 failure = events[-1] if events and isinstance(events[-1], Failure) else None
                 if failure is None:
                     yield events
                     continue
                 if events[:-1]:
                     yield events[:-1]
-                error = error_from_code(failure.code, failure.message)
-                if type(error) is MlxRouterError:
-                    error = EngineFailed(failure.message)
-                error.param = failure.param
-                raise error
+                raise error_of(failure)
 
-    async def _send_error(self, error: MlxRouterError, renderer: StreamRenderer | None, send: Send) -> None:
-        error = for_the_public(error)
-        if renderer is not None and self._begun:
-            await send({"type": "http.response.body", "body": renderer.fail(error), "more_body": False})
-            return
-        wait = retry_after(error)
-        headers = {"retry-after": str(wait)} if wait is not None else {}
-        body = msgspec.json.encode(self._style.error(error))
-        await self._send_json(status_of(error), body, "application/json", headers, send)
+    async def _events_of_many(self, lease: Lease) -> AsyncGenerator[tuple[int, list[Event]], None]:
+        """Side by side in one batch of the worker; the first failure ends them all."""
+        queue: asyncio.Queue[tuple[int, list[Event] | Exception | None]] = asyncio.Queue(len(self._call.requests))
 
-    @staticmethod
-    async def _send_json(status: int, body: bytes, media_type: str, headers: dict[str, str], send: Send) -> None:
-        fields = {"content-type": media_type, "content-length": str(len(body)), **headers}
-        raw = [(name.encode(), value.encode()) for name, value in fields.items()]
-        await send({"type": "http.response.start", "status": status, "headers": raw})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
+        async def pump(choice: int, request: CanonicalRequest) -> None:
+            try:
+                async with aclosing(self._events_of_one(lease, request)) as batches:
+                    async for events in batches:
+                        await queue.put((choice, events))
+            except Exception as error:
+                await queue.put((choice, error))
+            else:
+                await queue.put((choice, None))
+
+        pumps = [asyncio.create_task(pump(*item), name="choice") for item in enumerate(self._call.requests)]
+        unfinished = len(pumps)
+        try:
+            while unfinished:
+                choice, told = await queue.get()
+                if isinstance(told, Exception):
+                    raise told
+                if told is None:
+                    unfinished -= 1
+                else:
+                    yield choice, told
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
 
     def _seconds(self) -> float:
         return time.monotonic() - self._received

@@ -43,7 +43,8 @@ _STAINLESS: Final = [
 ]
 _ALLOW_HEADERS: Final = ",".join(
     ["Authorization", "Content-Type", "User-Agent", "Accept", "X-Requested-With", "OpenAI-Beta"]
-    + ["x-api-key", "anthropic-version", "anthropic-beta"]
+    + ["x-api-key", "anthropic-version", "anthropic-beta", "anthropic-dangerous-direct-browser-access"]
+    + ["X-Priority", "X-Deadline-Seconds", "X-Keep-Alive"]
     + [f"x-stainless-{name}" for name in _STAINLESS]
 )
 _ALLOW_METHODS: Final = "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"
@@ -69,7 +70,8 @@ class Edge:
         if self._loopback and not _is_local_host(host):
             await _respond(send, 403, request_id)
             return
-        extra = {"x-request-id": request_id}
+        # One id under the names by which the SDKs of OpenAI and of Anthropic look for it.
+        extra = {"x-request-id": request_id, "request-id": request_id}
         scope.setdefault("state", {})["request_id"] = request_id
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             if not self._allows(origin):
@@ -77,6 +79,7 @@ class Edge:
                 return
             extra["access-control-allow-origin"] = "*" if self._any_origin else origin
             extra["vary"] = "Origin"
+            extra["access-control-expose-headers"] = "x-request-id,request-id,retry-after,x-ignored-fields"
         if scope["method"] == "OPTIONS" and origin is not None:
             extra |= {
                 "access-control-allow-methods": _ALLOW_METHODS,

@@ -1,4 +1,7 @@
-"""Errors that never reached an answer, in the shape of the API whose path was called."""
+"""Errors in the shape of the API whose path was called; one place for all of them.
+
+An error that ends an answer before its first byte takes the same way as one that never reached an answer.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,19 @@ from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
+from starlette.types import Scope
 
 from mlx_router_server.api.disconnect import ClientLeft
 from mlx_router_server.api.server import BodyTooLarge
-from mlx_router_server.dialects import ollama_answers, openai_answers
+from mlx_router_server.dialects import anthropic_answers, ollama_answers, openai_answers
 from mlx_router_server.dialects.statuses import for_the_public, retry_after, status_of
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError
 
-__all__ = ["install"]
+__all__ = ["error_response", "install", "is_anthropic"]
 
 log = logging.getLogger(__name__)
 
@@ -29,36 +34,51 @@ def install(app: Starlette) -> None:
     app.add_exception_handler(Exception, _unknown)
 
 
-def _body(request: Request, error: MlxRouterError) -> dict[str, Any]:
-    dialect = openai_answers if request.url.path.startswith("/v1/") else ollama_answers
-    body: dict[str, Any] = dialect.error_body(error)
-    return body
+def is_anthropic(scope: Scope) -> bool:
+    """Whether a request speaks Anthropic's API: by its path, or on a shared path by its header."""
+    path: str = scope["path"]
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return True
+    return path.startswith("/v1/models") and "anthropic-version" in Headers(scope=scope)
 
 
-def _json(request: Request, error: MlxRouterError, status: int, headers: dict[str, str] | None = None) -> Response:
-    body = msgspec.json.encode(_body(request, error))
-    return Response(body, status_code=status, headers=headers, media_type="application/json")
+def error_response(scope: Scope, error: MlxRouterError) -> Response:
+    """The whole answer that tells of an error."""
+    error = for_the_public(error)
+    wait = retry_after(error)
+    headers = {"retry-after": str(wait)} if wait is not None else None
+    status = 413 if isinstance(error, BodyTooLarge) else status_of(error)
+    if is_anthropic(scope):
+        status = anthropic_answers.status_of_error(error, status)
+    return Response(msgspec.json.encode(_body(scope, error, status)), status, headers, "application/json")
+
+
+def _body(scope: Scope, error: MlxRouterError, status: int) -> dict[str, Any]:
+    if is_anthropic(scope):
+        return anthropic_answers.error_body(error, status, scope.get("state", {}).get("request_id", ""))
+    if scope["path"].startswith("/v1/"):
+        return openai_answers.error_body(error)
+    return ollama_answers.error_body(error)
 
 
 async def _known(request: Request, error: Exception) -> Response:
     assert isinstance(error, MlxRouterError)
-    error = for_the_public(error)
-    wait = retry_after(error)
-    headers = {"retry-after": str(wait)} if wait is not None else None
-    return _json(request, error, 413 if isinstance(error, BodyTooLarge) else status_of(error), headers)
+    return error_response(request.scope, error)
 
 
 async def _http(request: Request, error: Exception) -> Response:
     """Unknown paths and wrong methods."""
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
+    status = error.status_code
     if request.url.path.startswith("/v1/"):
         text = {404: f"unknown url: {request.method} {request.url.path}", 405: "method not allowed"}
-        body = _body(request, InvalidRequest(text.get(error.status_code, error.detail)))
-        body["error"]["code"] = {404: "unknown_url", 405: "method_not_supported"}.get(error.status_code)
-        return Response(msgspec.json.encode(body), error.status_code, headers, "application/json")
+        body = _body(request.scope, InvalidRequest(text.get(status, error.detail)), status)
+        if not is_anthropic(request.scope):
+            body["error"]["code"] = {404: "unknown_url", 405: "method_not_supported"}.get(status)
+        return Response(msgspec.json.encode(body), status, headers, "application/json")
     text_404 = {404: "404 page not found", 405: "405 method not allowed"}
-    return PlainTextResponse(text_404.get(error.status_code, error.detail), error.status_code, headers)
+    return PlainTextResponse(text_404.get(status, error.detail), status, headers)
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
@@ -69,4 +89,4 @@ async def _nobody(request: Request, error: Exception) -> Response:
 async def _unknown(request: Request, error: Exception) -> Response:
     """A defect of ours: the details are in the log, not in the answer."""
     log.error("event=internal_error path=%r", request.url.path, exc_info=error)
-    return _json(request, MlxRouterError("internal server error"), 500)
+    return error_response(request.scope, MlxRouterError("internal server error"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import msgspec
@@ -11,17 +12,27 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from mlx_router_server.api.answer import Answer, AnswerStyle, load_only
+from mlx_router_server.api.answer import Answer, AnswerStyle, answer, load_only
+from mlx_router_server.api.count import count_tokens
 from mlx_router_server.api.disconnect import unless_client_leaves
 from mlx_router_server.api.server import Server, read_body, server_of
 from mlx_router_server.api.wishes import read_wishes
 from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.catalogue.safetensors import list_tensors
 from mlx_router_server.dialects import ollama_answers as answers
-from mlx_router_server.dialects.ollama_requests import GenerateCall, parse_chat, parse_generate, parse_show
+from mlx_router_server.dialects.call import Moment, Transcript
+from mlx_router_server.dialects.ollama_requests import (
+    GenerateCall,
+    parse_chat,
+    parse_embed,
+    parse_embeddings,
+    parse_generate,
+    parse_show,
+)
 from mlx_router_server.lifecycle.states import State
 from mlx_router_server.lifecycle.views import ModelView
-from mlx_router_shared.errors import InvalidRequest
+from mlx_router_shared.errors import InvalidRequest, ModelNotFound
+from mlx_router_shared.generation import GenerationRequest
 
 __all__ = ["OLLAMA_VERSION", "routes"]
 
@@ -38,6 +49,24 @@ def _json(data: Any) -> Response:
 async def root(request: Request) -> Response:
     """Clients probe for exactly this text."""
     return PlainTextResponse("Ollama is running")
+
+
+async def status(request: Request) -> Response:
+    """There is no cloud behind this server, and there never will be one that is asked unasked."""
+    return _json({"cloud": {"disabled": True, "source": "config"}})
+
+
+async def no_account(request: Request) -> Response:
+    return Response(msgspec.json.encode({"error": "unauthorized"}), status_code=401, media_type=_JSON)
+
+
+async def no_cloud(request: Request) -> Response:
+    text = "ollama cloud is disabled: this server runs local models only"
+    return Response(msgspec.json.encode({"error": text}), status_code=403, media_type=_JSON)
+
+
+async def recommendations(request: Request) -> Response:
+    return _json({"recommendations": []})
 
 
 async def version(request: Request) -> Response:
@@ -90,15 +119,24 @@ async def show(request: Request) -> Response:
         "modelfile": f"# served by mlx-router from {entry.source}\nFROM {entry.name.display}\n",
         "template": files.template,
         "details": _details(entry),
-        "model_info": files.info,
+        "model_info": _model_info(request, name, files.info),
         "capabilities": sorted(files.capabilities),
         "modified_at": answers.local_time(files.modified_at),
     }
+    if files.parameters_text:
+        body["parameters"] = files.parameters_text
     if files.license:
         body["license"] = files.license
     if verbose:
         body["tensors"] = await asyncio.to_thread(list_tensors, entry.path)
     return _json(body)
+
+
+def _model_info(request: Request, name: str, info: dict[str, str | int | float]) -> dict[str, str | int | float]:
+    """One client shows the base name to its user and expects the name it asked for."""
+    if request.headers.get("user-agent", "").startswith("GitHubCopilotChat/"):
+        return {**info, "general.basename": name}
+    return info
 
 
 async def chat(request: Request) -> Answer | Response:
@@ -110,26 +148,68 @@ async def generate(request: Request) -> Answer | Response:
 
 
 async def _generate(request: Request, kind: Literal["chat", "generate"], asked: GenerateCall) -> Answer | Response:
-    server = server_of(request)
-    if kind == "chat" and not asked.model.strip() and not server.settings.default_model:
+    if kind == "chat" and not asked.model.strip() and not server_of(request).settings.default_model:
         raise InvalidRequest("model is required", param="model")
-    entry = await server.resolve(asked.model)
-    plan = server.plan(entry)
-    wishes = read_wishes(request, asked.keep_alive_seconds)
     if asked.call is None:
-        if asked.keep_alive_seconds == 0:
-            server.unload_for_client(plan.spec.name)
-            return _json(answers.load_answer(kind, asked.model, time.time(), "unload"))
-        await unless_client_leaves(request.receive, load_only(server, plan, wishes))
-        return _json(answers.load_answer(kind, asked.model, time.time(), "load"))
-    server.check_capabilities(entry, asked.model, asked.call.needs)
+        return await _load_or_unload(request, kind, asked)
+    if asked.render_only:
+        (canonical,) = asked.call.requests
+        assert isinstance(canonical, GenerationRequest)
+        _, prompt = await count_tokens(request, asked.call)
+        images = sum(len(message.images) for message in canonical.messages)
+        return _json(answers.rendered_prompt(kind, asked.model, time.time(), prompt, images))
     style = AnswerStyle(
-        whole=lambda transcript, moment: answers.render_answer(kind, asked.model, transcript, moment),
+        whole=lambda transcripts, moment: answers.render_answer(kind, asked.model, transcripts[0], moment),
         stream=lambda: answers.OllamaStream(kind, asked.model),
-        error=answers.error_body,
         whole_media_type=_JSON,
     )
-    return Answer(server, plan, asked.call, wishes, style)
+    return await answer(request, asked.call, style)
+
+
+async def _load_or_unload(request: Request, kind: Literal["chat", "generate"], asked: GenerateCall) -> Response:
+    server = server_of(request)
+    plan = server.plan(await server.resolve(asked.model))
+    if asked.keep_alive_seconds == 0:
+        server.unload_for_client(plan.spec.name)
+        return _json(answers.load_answer(kind, asked.model, time.time(), "unload"))
+    await unless_client_leaves(request.receive, load_only(server, plan, read_wishes(request, asked.keep_alive_seconds)))
+    return _json(answers.load_answer(kind, asked.model, time.time(), "load"))
+
+
+async def embed(request: Request) -> Answer | Response:
+    asked = parse_embed(await read_body(request))
+
+    def render(transcript: Transcript | None, moment: Moment) -> dict[str, Any]:
+        return answers.embed_answer(asked.model, transcript, moment)
+
+    return await _embed(request, asked, render)
+
+
+async def embeddings(request: Request) -> Answer | Response:
+    """The older form, with sentences of its own."""
+    asked = parse_embeddings(await read_body(request))
+    if not asked.model.strip() and not server_of(request).settings.default_model:
+        raise InvalidRequest("model is required", param="model")
+
+    def render(transcript: Transcript | None, moment: Moment) -> dict[str, Any]:
+        return answers.embeddings_answer(transcript)
+
+    try:
+        return await _embed(request, asked, render)
+    except ModelNotFound:
+        raise ModelNotFound(f'model "{asked.model}" not found, try pulling it first', param="model") from None
+
+
+async def _embed(
+    request: Request, asked: GenerateCall, render: Callable[[Transcript | None, Moment], dict[str, Any]]
+) -> Answer | Response:
+    if asked.call is not None:
+        style = AnswerStyle(whole=lambda transcripts, moment: render(transcripts[0], moment), whole_media_type=_JSON)
+        return await answer(request, asked.call, style)
+    server = server_of(request)
+    plan = server.plan(await server.resolve(asked.model))
+    await unless_client_leaves(request.receive, load_only(server, plan, read_wishes(request, asked.keep_alive_seconds)))
+    return _json(render(None, Moment(now=time.time(), total_seconds=0.0, load_seconds=0.0)))
 
 
 def _head(entry: ModelEntry) -> dict[str, Any]:
@@ -158,4 +238,13 @@ def routes() -> list[BaseRoute]:
         Route("/api/show", show, methods=["POST"]),
         Route("/api/chat", chat, methods=["POST"]),
         Route("/api/generate", generate, methods=["POST"]),
+        Route("/api/embed", embed, methods=["POST"]),
+        Route("/api/embeddings", embeddings, methods=["POST"]),
+        Route("/api/status", status),
+        Route("/api/me", no_account, methods=["POST"]),
+        Route("/api/signout", no_account, methods=["POST"]),
+        Route("/api/user/keys/{key}", no_account, methods=["DELETE"]),
+        Route("/api/experimental/web_search", no_cloud, methods=["POST"]),
+        Route("/api/experimental/web_fetch", no_cloud, methods=["POST"]),
+        Route("/api/experimental/model-recommendations", recommendations),
     ]

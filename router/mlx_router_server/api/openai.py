@@ -1,4 +1,4 @@
-"""OpenAI's routes."""
+"""OpenAI's routes, and the reranking that others have put beside them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from mlx_router_server.api.answer import Answer, AnswerStyle
+from mlx_router_server.api.answer import Answer, AnswerStyle, answer
+from mlx_router_server.api.errors import is_anthropic
 from mlx_router_server.api.server import read_body, server_of
-from mlx_router_server.api.wishes import read_wishes
 from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.dialects import openai_answers as answers
+from mlx_router_server.dialects.anthropic_answers import model_entry
 from mlx_router_server.dialects.call import Call
-from mlx_router_server.dialects.openai_requests import parse_chat_completion, parse_completion
+from mlx_router_server.dialects.openai_requests import (
+    parse_chat_completion,
+    parse_completion,
+    parse_embeddings,
+    parse_rerank,
+)
 from mlx_router_shared.errors import InvalidRequest
 
 __all__ = ["routes"]
@@ -27,9 +33,32 @@ def _json(data: Any) -> Response:
 
 
 async def models(request: Request) -> Response:
+    """The same path for two APIs; each object has the keys of both, and a header tells which list is wanted."""
     server = server_of(request)
     await server.catalogue.wait_ready()
-    return _json({"object": "list", "data": [_model(entry, entry.name.display) for entry in server.listed()]})
+    data = [_model(entry, entry.name.display) for entry in server.listed()]
+    if is_anthropic(request.scope):
+        return _json(_page(data, dict(request.query_params)))
+    return _json({"object": "list", "data": data})
+
+
+def _page(data: list[dict[str, Any]], query: dict[str, str]) -> dict[str, Any]:
+    """Anthropic's pages: ``limit``, ``after_id`` or ``before_id``; iterators go on while ``has_more``."""
+    limit = int(query["limit"]) if query.get("limit", "").isdecimal() else 20
+    if not 1 <= limit <= 1000:
+        raise InvalidRequest("limit must be between 1 and 1000", param="limit")
+    ids = [entry["id"] for entry in data]
+    if (after := query.get("after_id")) is not None:
+        data = data[ids.index(after) + 1 :] if after in ids else []
+    elif (before := query.get("before_id")) is not None:
+        data = data[: ids.index(before)][-limit:] if before in ids else []
+    page = data[:limit]
+    return {
+        "data": page,
+        "has_more": len(data) > limit,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+    }
 
 
 async def model(request: Request) -> Response:
@@ -39,32 +68,59 @@ async def model(request: Request) -> Response:
 
 
 def _model(entry: ModelEntry, name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": int(entry.files.modified_at), "owned_by": entry.name.namespace}
+    anthropic = model_entry(name, entry.files.modified_at, entry.files.context_tokens)
+    openai = {"object": "model", "created": int(entry.files.modified_at), "owned_by": entry.name.namespace}
+    return {**anthropic, **openai}
 
 
 async def chat_completions(request: Request) -> Answer:
     call = parse_chat_completion(await read_body(request))
-    return await _answer(request, "chat", "chatcmpl-", call)
+    return await _generate(request, "chat", "chatcmpl-", call)
 
 
 async def completions(request: Request) -> Answer:
     call = parse_completion(await read_body(request))
-    return await _answer(request, "completion", "cmpl-", call)
+    return await _generate(request, "completion", "cmpl-", call)
 
 
-async def _answer(request: Request, kind: Literal["chat", "completion"], prefix: str, call: Call) -> Answer:
-    server = server_of(request)
-    if not call.model.strip() and not server.settings.default_model:
-        raise InvalidRequest("model is required", param="model")
-    entry = await server.resolve(call.model)
-    server.check_capabilities(entry, call.model, call.needs)
+async def _generate(request: Request, kind: Literal["chat", "completion"], prefix: str, call: Call) -> Answer:
     answer_id = prefix + secrets.token_hex(16)
     style = AnswerStyle(
-        whole=lambda transcript, moment: answers.render_answer(kind, answer_id, call.model, transcript, moment),
-        stream=lambda: answers.OpenAIStream(kind, answer_id, call.model, include_usage=call.include_usage),
-        error=answers.error_body,
+        whole=lambda transcripts, moment: answers.render_answer(
+            kind, answer_id, call.model, transcripts, call.choices_per_prompt, moment
+        ),
+        stream=lambda: answers.OpenAIStream(
+            kind,
+            answer_id,
+            call.model,
+            include_usage=call.include_usage,
+            choices=len(call.requests),
+            choices_per_prompt=call.choices_per_prompt,
+        ),
     )
-    return Answer(server, server.plan(entry), call, read_wishes(request, call.keep_alive_seconds), style)
+    return await answer(request, call, style)
+
+
+async def embeddings(request: Request) -> Answer:
+    asked = parse_embeddings(await read_body(request))
+    style = AnswerStyle(
+        whole=lambda transcripts, moment: answers.embeddings_answer(
+            asked.call.model, transcripts, as_base64=asked.as_base64
+        )
+    )
+    return await answer(request, asked.call, style)
+
+
+async def rerank(request: Request) -> Answer:
+    asked = parse_rerank(await read_body(request))
+    answer_id = "rerank-" + secrets.token_hex(16)
+    style = AnswerStyle(
+        whole=lambda transcripts, moment: answers.rerank_answer(
+            asked.call.model, answer_id, asked.documents, transcripts[0],
+            top_n=asked.top_n, with_documents=asked.with_documents,
+        )
+    )  # fmt: skip
+    return await answer(request, asked.call, style)
 
 
 def routes() -> list[BaseRoute]:
@@ -73,4 +129,7 @@ def routes() -> list[BaseRoute]:
         Route("/v1/models/{name:path}", model),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
+        Route("/v1/rerank", rerank, methods=["POST"]),
+        Route("/api/rerank", rerank, methods=["POST"]),
     ]

@@ -11,10 +11,11 @@ from typing import Final, Protocol
 
 from starlette.requests import Request
 
+from mlx_router_server.api.response_store import ResponseStore
 from mlx_router_server.catalogue.catalogue import Catalogue, Sources
 from mlx_router_server.catalogue.entry import Capability, ModelEntry
 from mlx_router_server.catalogue.names import parse_name
-from mlx_router_server.dialects.call import Needs
+from mlx_router_server.dialects.call import Need, Needs
 from mlx_router_server.lifecycle.keepalive import KeepAlive
 from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.lifecycle.states import State
@@ -53,6 +54,7 @@ class Server:
     catalogue: Catalogue
     supervisor: Supervisor
     started_at: float = field(default_factory=time.time)
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     @property
     def door(self) -> Door:
@@ -150,11 +152,12 @@ class Server:
                     log.error("event=preload_failed model=%r error=%r", name, error.message)
 
     @staticmethod
-    def check_capabilities(entry: ModelEntry, requested: str, needs: dict[Needs, str]) -> None:
+    def check_capabilities(entry: ModelEntry, requested: str, needs: dict[Needs, Need]) -> None:
         """Raise ``UnsupportedCapability`` in the API's words for the first thing that the model cannot do."""
-        for capability, sentence in needs.items():
+        for capability, need in needs.items():
             if capability.value not in entry.files.capabilities:
-                raise UnsupportedCapability(sentence.format(name=requested, full=entry.name.full), param="model")
+                sentence = need.sentence.format(name=requested, full=entry.name.full)
+                raise UnsupportedCapability(sentence, param=need.param)
 
     def view(self, entry: ModelEntry) -> ModelView | None:
         return self.supervisor.view(entry.name.display)

@@ -25,6 +25,9 @@ class Capability(StrEnum):
     TOOLS = "tools"
     THINKING = "thinking"
     EMBEDDING = "embedding"
+    INSERT = "insert"
+    VISION = "vision"
+    RERANK = "rerank"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,8 @@ class ModelFiles:
     """``model_info`` of ``/api/show``."""
     template: str = ""
     license: str = ""
+    parameters_text: str = ""
+    """The author's sampling defaults, as lines of a Modelfile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +84,7 @@ class ModelEntry:
     def estimate(self, context_tokens: int) -> Estimate:
         """Memory of its worker with a usual context."""
         context = min(context_tokens or self.files.context_tokens, self.files.context_tokens, _RESERVED_CONTEXT)
-        process = _PROCESS_BYTES if self.files.engine == "mlx" else 0
+        process = _PROCESS_BYTES if self.files.engine != "fake" else 0
         return Estimate(
             loaded_bytes=self.files.weights_bytes + process,
             cache_bytes=self.files.cache.bytes_for(context),

@@ -15,6 +15,7 @@ from mlx_router_server.catalogue.architectures import servable_architectures
 from mlx_router_server.catalogue.cache_size import CacheSize, estimate_cache, work_space
 from mlx_router_server.catalogue.entry import Capability, ModelFiles
 from mlx_router_server.catalogue.safetensors import WeightFacts, read_weights
+from mlx_router_shared.infill import infill_format
 
 __all__ = ["NotServable", "inspect_folder"]
 
@@ -68,8 +69,9 @@ def inspect_folder(folder: Path) -> ModelFiles:
     template = _chat_template(folder)
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
+    capabilities = _capabilities(folder, template)
     return ModelFiles(
-        engine="mlx",
+        engine="embed" if Capability.EMBEDDING in capabilities else "mlx",
         size_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         weights_bytes=weights.bytes,
         digest=_digest(folder, weight_files),
@@ -80,10 +82,11 @@ def inspect_folder(folder: Path) -> ModelFiles:
         context_tokens=_number(text, "max_position_embeddings") or 4096,
         cache=estimate_cache(text),
         work_bytes=work_space(text),
-        capabilities=_capabilities(folder, template),
+        capabilities=capabilities,
         info=_info(model_type, text, weights),
         template=template,
         license=_license(folder),
+        parameters_text=_parameters(folder),
     )
 
 
@@ -104,7 +107,7 @@ def _fake_files(folder: Path) -> ModelFiles:
         context_tokens=_number(script, "context_tokens") or 4096,
         cache=CacheSize(),
         work_bytes=0,
-        capabilities=frozenset({Capability.COMPLETION, Capability.TOOLS}),
+        capabilities=_fake_capabilities(script.get("capabilities")),
         info={"general.architecture": "fake", "fake.context_length": _number(script, "context_tokens") or 4096},
     )
 
@@ -168,7 +171,43 @@ def _capabilities(folder: Path, template: str) -> frozenset[Capability]:
         found.add(Capability.TOOLS)
     if any(mark in template for mark in _THINK_MARKS):
         found.add(Capability.THINKING)
+    if infill_format(_added_tokens(folder)) is not None:
+        found.add(Capability.INSERT)
     return frozenset(found)
+
+
+def _fake_capabilities(said: object) -> frozenset[Capability]:
+    """Those of its script, or all."""
+    names = said if isinstance(said, list) and said else [capability.value for capability in Capability]
+    return frozenset(Capability(name) for name in names if name in set(Capability))
+
+
+def _added_tokens(folder: Path) -> set[str]:
+    """The markers of a vocabulary, which are written beside it."""
+    try:
+        config = _read_json(folder / "tokenizer_config.json")
+        tokenizer = _read_json(folder / "tokenizer.json")
+    except NotServable:
+        return set()
+    decoder = config.get("added_tokens_decoder")
+    added = [*(decoder.values() if isinstance(decoder, dict) else []), *_list(tokenizer.get("added_tokens"))]
+    return {str(token.get("content")) for token in added if isinstance(token, dict)}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _parameters(folder: Path) -> str:
+    """Sampling defaults as Ollama's clients read them: a name, padded to 30 columns, and a value a line."""
+    try:
+        config = _read_json(folder / "generation_config.json")
+    except NotServable:
+        return ""
+    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+             "repetition_penalty": "repeat_penalty"}  # fmt: skip
+    said = [(ours, config[theirs]) for theirs, ours in names.items() if isinstance(config.get(theirs), int | float)]
+    return "\n".join(f"{name:<30} {value}" for name, value in said)
 
 
 def _info(model_type: str, config: dict[str, Any], weights: WeightFacts) -> dict[str, str | int | float]:
@@ -189,6 +228,7 @@ def _info(model_type: str, config: dict[str, Any], weights: WeightFacts) -> dict
         if (value := _number(config, name)) is not None:
             info[f"{model_type}.{key}"] = value
     info.setdefault(f"{model_type}.context_length", 4096)
+    info["tokenizer.ggml.model"] = "huggingface"
     return info
 
 

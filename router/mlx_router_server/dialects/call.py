@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mlx_router_shared.errors import MlxRouterError
 from mlx_router_shared.generation import (
+    ContextTokens,
     Event,
     Finish,
     FinishReason,
-    GenerationRequest,
+    PromptEcho,
     ReasoningDelta,
+    Request,
+    Scores,
     Started,
     TextDelta,
     TokenLogprob,
     ToolCallDone,
     Usage,
+    Vectors,
 )
 from mlx_router_shared.generation import Logprobs as LogprobsEvent
 
-__all__ = ["Call", "Moment", "Needs", "StreamRenderer", "Transcript"]
+__all__ = ["Call", "Moment", "Need", "Needs", "StreamRenderer", "Transcript", "total_usage"]
 
 
 class Needs(StrEnum):
@@ -30,6 +34,18 @@ class Needs(StrEnum):
     COMPLETION = "completion"
     TOOLS = "tools"
     THINKING = "thinking"
+    INSERT = "insert"
+    VISION = "vision"
+    EMBEDDING = "embedding"
+    RERANK = "rerank"
+
+
+class Need(NamedTuple):
+    """How to refuse a model that cannot do it: a sentence in which ``{name}`` and ``{full}`` are the name as sent and
+    in full, and the field at fault."""
+
+    sentence: str
+    param: str = "model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,15 +54,16 @@ class Call:
 
     model: str
     """As the client wrote it; echoed in answers."""
-    request: GenerationRequest
-    stream: bool
+    requests: tuple[Request, ...]
+    """One for each choice of the answer, in their order; nearly always one."""
+    stream: bool = False
     keep_alive_seconds: float | None = None
-    needs: dict[Needs, str] = field(default_factory=dict)
-    """With the sentence to refuse by, in which ``{name}`` and ``{full}`` are the name as sent and in full."""
-    most_tool_calls: int | None = None
+    needs: dict[Needs, Need] = field(default_factory=dict)
+    """The first that is missing is told."""
+    choices_per_prompt: int = 1
     include_usage: bool = False
     ignored: tuple[str, ...] = ()
-    """Fields of the request that have no meaning here, for the log."""
+    """Fields of the request that change nothing here; told in a header, and refused where the operator is strict."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +89,11 @@ class StreamRenderer(Protocol):
     def keep_alive(self, moment: Moment) -> bytes:
         """A sign of life that clients of this API pass over."""
 
-    def on(self, event: Event, moment: Moment) -> bytes:
-        """One event; ``Finish`` gives the terminal frames, ``Failure`` never comes here."""
+    def on(self, event: Event, moment: Moment, choice: int = 0) -> bytes:
+        """One event of one choice; ``Finish`` ends that choice, ``Failure`` never comes here."""
+
+    def end(self, moment: Moment) -> bytes:
+        """What goes out once every choice has ended."""
 
     def fail(self, error: MlxRouterError) -> bytes:
         """The API's visible error in mid-stream; nothing follows it."""
@@ -81,12 +101,17 @@ class StreamRenderer(Protocol):
 
 @dataclass(slots=True)
 class Transcript:
-    """All events of one answer put together."""
+    """All events of one choice put together."""
 
     text: str = ""
     reasoning: str = ""
     tool_calls: list[ToolCallDone] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    echo: PromptEcho | None = None
+    context: list[int] | None = None
+    vectors: list[bytes] = field(default_factory=list)
+    dimensions: int = 0
+    scores: list[float] = field(default_factory=list)
     usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
     finish: Finish = field(default_factory=lambda: Finish(reason=FinishReason.STOP))
     dropped_messages: int = 0
@@ -101,6 +126,16 @@ class Transcript:
                 self.tool_calls.append(event)
             case LogprobsEvent():
                 self.logprobs += event.tokens
+            case PromptEcho():
+                self.echo = event
+            case ContextTokens():
+                self.context = event.tokens
+            case Vectors():
+                self.dimensions = event.dimensions
+                size = 4 * event.dimensions
+                self.vectors += [event.data[at : at + size] for at in range(0, len(event.data), size)]
+            case Scores():
+                self.scores = event.scores
             case Usage():
                 self.usage = event
             case Finish():
@@ -108,4 +143,14 @@ class Transcript:
             case Started():
                 self.dropped_messages = event.dropped_messages
             case _:
-                pass  # a failure ends the answer before it is put together
+                pass  # a failure ends the answer before it is put together; pieces of calls come whole as well
+
+
+def total_usage(usages: list[Usage], choices_per_prompt: int) -> Usage:
+    """Of a whole request: each prompt counts once, however many answers it got."""
+    return Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in usages) // max(choices_per_prompt, 1),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        cached_tokens=sum(usage.cached_tokens for usage in usages) // max(choices_per_prompt, 1),
+        reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
+    )

@@ -10,8 +10,10 @@ from typing import Any, Final, Literal
 import msgspec
 
 from mlx_router_server.dialects.call import Moment, Transcript
+from mlx_router_server.dialects.vectors import floats
 from mlx_router_shared.errors import MlxRouterError
 from mlx_router_shared.generation import (
+    ContextTokens,
     Event,
     Finish,
     FinishReason,
@@ -26,12 +28,15 @@ from mlx_router_shared.generation import (
 
 __all__ = [
     "OllamaStream",
+    "embed_answer",
+    "embeddings_answer",
     "error_body",
     "forever_from",
     "human_count",
     "load_answer",
     "local_time",
     "render_answer",
+    "rendered_prompt",
     "utc_time",
 ]
 
@@ -78,12 +83,39 @@ def load_answer(kind: Kind, model: str, now: float, reason: Literal["load", "unl
     return {"model": model, "created_at": utc_time(now), **content, "done": True, "done_reason": reason}
 
 
+def rendered_prompt(kind: Kind, model: str, now: float, prompt: str, images: int) -> dict[str, Any]:
+    """The answer to ``_debug_render_only``."""
+    content: dict[str, Any] = {"message": {"role": "assistant", "content": ""}} if kind == "chat" else {"response": ""}
+    debug: dict[str, Any] = {"rendered_template": prompt, **({"image_count": images} if images else {})}
+    return {"model": model, "created_at": utc_time(now), **content, "done": False, "_debug_info": debug}
+
+
+def embed_answer(model: str, transcript: Transcript | None, moment: Moment) -> dict[str, Any]:
+    """The answer of /api/embed; None where there was nothing to embed."""
+    answer: dict[str, Any] = {"model": model, "embeddings": [floats(vector) for vector in _vectors(transcript)]}
+    if transcript is not None:
+        answer["total_duration"] = _nanoseconds(moment.total_seconds)
+        answer["load_duration"] = _nanoseconds(moment.load_seconds)
+        answer["prompt_eval_count"] = transcript.usage.prompt_tokens
+    return answer
+
+
+def embeddings_answer(transcript: Transcript | None) -> dict[str, Any]:
+    """The answer of the older /api/embeddings."""
+    vectors = _vectors(transcript)
+    return {"embedding": floats(vectors[0]) if vectors else []}
+
+
+def _vectors(transcript: Transcript | None) -> list[bytes]:
+    return transcript.vectors if transcript is not None else []
+
+
 def render_answer(kind: Kind, model: str, transcript: Transcript, moment: Moment) -> dict[str, Any]:
     """The answer of a request that was not streamed."""
     answer = _object(kind, model, moment, transcript.text, transcript.reasoning, transcript.tool_calls)
     if transcript.logprobs:
         answer["logprobs"] = [_logprob(token) for token in transcript.logprobs]
-    _end(answer, transcript.finish, transcript.usage, moment, transcript.dropped_messages)
+    _end(answer, transcript.finish, transcript.usage, moment, transcript.dropped_messages, transcript.context)
     return answer
 
 
@@ -97,6 +129,7 @@ class OllamaStream:
         self._model = model
         self._usage = Usage(prompt_tokens=0, completion_tokens=0)
         self._dropped = 0
+        self._context: list[int] | None = None
 
     def start(self, moment: Moment) -> bytes:
         return b""
@@ -105,7 +138,7 @@ class OllamaStream:
         """A whole object without text: blank lines break Ollama's Python client."""
         return self._line(_object(self._kind, self._model, moment, "", "", []))
 
-    def on(self, event: Event, moment: Moment) -> bytes:
+    def on(self, event: Event, moment: Moment, choice: int = 0) -> bytes:
         match event:
             case TextDelta():
                 return self._line(_object(self._kind, self._model, moment, event.text, "", []))
@@ -118,15 +151,20 @@ class OllamaStream:
                 return self._line({**answer, "logprobs": [_logprob(token) for token in event.tokens]})
             case Usage():
                 self._usage = event
+            case ContextTokens():
+                self._context = event.tokens
             case Started():
                 self._dropped = event.dropped_messages
             case Finish():
                 answer = _object(self._kind, self._model, moment, "", "", [])
-                _end(answer, event, self._usage, moment, self._dropped)
+                _end(answer, event, self._usage, moment, self._dropped, self._context)
                 return self._line(answer)
             case _:
                 pass  # a failure is given to fail()
         return b""
+
+    def end(self, moment: Moment) -> bytes:
+        return b""  # the object with done true was it
 
     def fail(self, error: MlxRouterError) -> bytes:
         return self._line(error_body(error))
@@ -169,10 +207,14 @@ def _logprob(token: TokenLogprob) -> dict[str, Any]:
     return entry
 
 
-def _end(answer: dict[str, Any], finish: Finish, usage: Usage, moment: Moment, dropped: int) -> None:
+def _end(
+    answer: dict[str, Any], finish: Finish, usage: Usage, moment: Moment, dropped: int, context: list[int] | None
+) -> None:
     length = finish.reason in (FinishReason.LENGTH, FinishReason.CONTEXT)
     answer["done"] = True
     answer["done_reason"] = "length" if length else "stop"
+    if context is not None:
+        answer["context"] = context
     metrics = {
         "total_duration": _nanoseconds(moment.total_seconds),
         "load_duration": _nanoseconds(moment.load_seconds),

@@ -1,24 +1,40 @@
-"""Ollama's bodies: /api/chat, /api/generate, /api/show."""
+"""Ollama's bodies: /api/chat, /api/generate, /api/embed, /api/embeddings, /api/show."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 from typing import Any, Final
 
 import msgspec
 from msgspec import Struct, field
 
 from mlx_router_server.dialects.body import convert, read_object, without_nulls
-from mlx_router_server.dialects.call import Call, Needs
+from mlx_router_server.dialects.call import Call, Need, Needs
+from mlx_router_server.dialects.fields import FieldRules
+from mlx_router_server.dialects.go_template import render_prompt
+from mlx_router_server.dialects.images import image_from_base64
 from mlx_router_server.dialects.options import OLLAMA_DEFAULTS, Options, parse_options
+from mlx_router_server.dialects.schemas import ANY_OBJECT, schema_text
 from mlx_router_server.durations import parse_duration
-from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
-from mlx_router_shared.generation import GenerationRequest, Message, Role, Tool, ToolCall
+from mlx_router_shared.errors import InvalidRequest
+from mlx_router_shared.generation import EmbeddingRequest, GenerationRequest, Message, Role, Tool, ToolCall
 
-__all__ = ["GenerateCall", "parse_chat", "parse_generate", "parse_show", "read_tools"]
+__all__ = [
+    "CHAT_FIELDS",
+    "EMBEDDINGS_FIELDS",
+    "EMBED_FIELDS",
+    "GENERATE_FIELDS",
+    "GenerateCall",
+    "parse_chat",
+    "parse_embed",
+    "parse_embeddings",
+    "parse_generate",
+    "parse_show",
+    "read_tools",
+]
 
 _EFFORTS: Final = ("low", "medium", "high", "max")
+_NO_SHIFT: Final = "MLX has no context shift: a full context ends an answer with done_reason length"
+_THINKS_NOT: Final = '"{name}" does not support thinking'
 
 
 class _Function(Struct, kw_only=True):
@@ -45,6 +61,7 @@ class _ToolFunction(Struct, kw_only=True):
     name: str
     description: str = ""
     parameters: dict[str, Any] = field(default_factory=dict)
+    strict: bool = False
 
 
 class _Tool(Struct, kw_only=True):
@@ -60,10 +77,9 @@ class _Common(Struct, kw_only=True):
     options: dict[str, Any] = field(default_factory=dict)
     think: Any = None
     truncate: bool = True
-    shift: bool = True  # type-checked only: MLX has no context shift, and a full context ends with "length"
     logprobs: bool = False
     top_logprobs: int = 0
-    _debug_render_only: bool = False
+    debug_render_only: bool = field(name="_debug_render_only", default=False)
 
 
 class _ChatBody(_Common, kw_only=True):
@@ -81,80 +97,193 @@ class _GenerateBody(_Common, kw_only=True):
     images: list[str] = field(default_factory=list)
 
 
+class _EmbedBody(Struct, kw_only=True):
+    model: str = ""
+    input: Any = None
+    truncate: bool = True
+    dimensions: int = 0
+    keep_alive: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class _EmbeddingsBody(Struct, kw_only=True):
+    model: str = ""
+    prompt: str = ""
+    keep_alive: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
 class _ShowBody(Struct, kw_only=True):
     model: str = ""
     name: str = ""
     verbose: bool = False
 
 
+_NOTES: Final = {
+    "format": '"json" or a JSON schema, enforced by a grammar; thinking before it stays free',
+    "options": "see the list of options; unknown ones are ignored",
+    "think": "true, false, or low, medium, high, max, which templates with levels get",
+    "truncate": "drops the oldest turns that are not system turns; told as truncated_messages in the last object",
+    "keep_alive": "also by the header X-Keep-Alive",
+    "_debug_render_only": "answers with the prompt instead of generating; loads no model",
+}
+CHAT_FIELDS: Final = FieldRules(
+    route="POST /api/chat",
+    body=_ChatBody,
+    ignored={"shift": _NO_SHIFT, "tool_choice": "Ollama has none; /v1/chat/completions honours it"},
+    notes=_NOTES,
+)
+GENERATE_FIELDS: Final = FieldRules(
+    route="POST /api/generate",
+    body=_GenerateBody,
+    ignored={"shift": _NO_SHIFT},
+    notes={
+        **_NOTES,
+        "suffix": "for models whose vocabulary has tokens for filling in",
+        "template": "Go template text: fields, if, range, eq, ne, and, or, not",
+        "context": "token ids of an earlier answer, put before the prompt",
+    },
+)
+EMBED_FIELDS: Final = FieldRules(
+    route="POST /api/embed", body=_EmbedBody, notes={"options": "only num_ctx has a meaning"}
+)
+EMBEDDINGS_FIELDS: Final = FieldRules(
+    route="POST /api/embeddings", body=_EmbeddingsBody, notes={"options": "only num_ctx has a meaning"}
+)
+
+
 class GenerateCall(Struct, frozen=True, kw_only=True):
-    """A chat or generate call; without ``call`` it only loads or, with keep_alive 0, unloads."""
+    """A call of Ollama's; without ``call`` it only loads or, with keep_alive 0, unloads."""
 
     model: str
     keep_alive_seconds: float | None
     call: Call | None
+    render_only: bool = False
 
 
 def parse_chat(body: bytes) -> GenerateCall:
     """Raises ``InvalidRequest``; nothing was looked up yet."""
     data = read_object(body, fold_case=True)
     chat = convert(data, _ChatBody)
+    ignored = CHAT_FIELDS.check(data)
     _check_common(chat)
-    keep_alive = None if chat.keep_alive is None else parse_duration(chat.keep_alive)
+    keep_alive = _keep_alive(chat.keep_alive)
     if not chat.messages:
         return GenerateCall(model=chat.model, keep_alive_seconds=keep_alive, call=None)
-    options = parse_options(chat.options)
-    thinking, effort = _thinking(chat.think)
+    messages = _messages(chat.messages)
     tools = read_tools(chat.tools)
-    needs = {Needs.COMPLETION: '"{name}" does not support chat'}
+    needs = {Needs.COMPLETION: Need('"{name}" does not support chat')}
     if tools:
-        needs[Needs.TOOLS] = "{full} does not support tools"
-    if thinking:
-        needs[Needs.THINKING] = '"{name}" does not support thinking'
-    request = _request(
-        chat, options, messages=_messages(chat.messages), tools=tools, thinking=thinking, thinking_effort=effort
-    )
-    call = Call(
-        model=chat.model, request=request, stream=chat.stream, keep_alive_seconds=keep_alive, needs=needs,
-        ignored=options.ignored,
-    )  # fmt: skip
-    return GenerateCall(model=chat.model, keep_alive_seconds=keep_alive, call=call)
+        needs[Needs.TOOLS] = Need("{full} does not support tools")
+    if any(message.images for message in messages):
+        at = next(number for number, message in enumerate(messages) if message.images)
+        needs[Needs.VISION] = Need("{full} does not support images", f"messages[{at}].images")
+    last = messages[-1]
+    continued = last.role is Role.ASSISTANT and not last.tool_calls
+    return _generate_call(chat, keep_alive, needs, ignored, messages=messages, tools=tools, continue_final=continued)
 
 
 def parse_generate(body: bytes) -> GenerateCall:
     """Raises ``InvalidRequest``; nothing was looked up yet."""
-    generate = convert(read_object(body, fold_case=True), _GenerateBody)
+    data = read_object(body, fold_case=True)
+    generate = convert(data, _GenerateBody)
+    ignored = GENERATE_FIELDS.check(data)
     _check_common(generate)
-    keep_alive = None if generate.keep_alive is None else parse_duration(generate.keep_alive)
-    _check_images(generate.images, "images")
+    keep_alive = _keep_alive(generate.keep_alive)
+    images = [image_from_base64(text, "images") for text in generate.images]
     if not generate.prompt:
         return GenerateCall(model=generate.model, keep_alive_seconds=keep_alive, call=None)
     if generate.raw and (generate.template or generate.system or generate.context):
         raise InvalidRequest("raw mode does not support template, system, or context")
-    if generate.template:
-        raise UnsupportedCapability("this server does not support template: models bring their own", param="template")
-    if generate.context:
-        raise UnsupportedCapability("this server does not support context: use /api/chat", param="context")
-    needs = {Needs.COMPLETION: '"{name}" does not support generate'}
+    needs = {Needs.COMPLETION: Need('"{name}" does not support generate')}
     if generate.suffix:
-        raise UnsupportedCapability(f"{generate.model} does not support insert", param="suffix")
-    options = parse_options(generate.options)
-    thinking, effort = _thinking(generate.think)
-    if thinking:
-        needs[Needs.THINKING] = '"{name}" does not support thinking'
-    prompt, messages = None, []
-    if generate.raw:
-        prompt = generate.prompt
+        needs[Needs.INSERT] = Need("{full} does not support insert", "suffix")
+    if images:
+        needs[Needs.VISION] = Need("{full} does not support images", "images")
+        if generate.suffix or generate.template or generate.raw:
+            raise InvalidRequest("images need the model's own template", param="images")
+    more: dict[str, Any] = {"prefix_tokens": generate.context, "wants_context": not generate.raw}
+    if generate.suffix:
+        more |= {"prompt": generate.prompt, "suffix": generate.suffix}
+    elif generate.template:
+        more["prompt"] = render_prompt(generate.template, generate.system or "", generate.prompt)
+    elif generate.raw:
+        more["prompt"] = generate.prompt
     else:
-        if generate.system:
-            messages.append(Message(role=Role.SYSTEM, content=generate.system))
-        messages.append(Message(role=Role.USER, content=generate.prompt))
-    request = _request(generate, options, messages=messages, prompt=prompt, thinking=thinking, thinking_effort=effort)
+        system = [Message(role=Role.SYSTEM, content=generate.system)] if generate.system else []
+        more["messages"] = [*system, Message(role=Role.USER, content=generate.prompt, images=images)]
+    return _generate_call(generate, keep_alive, needs, ignored, **more)
+
+
+def _generate_call(
+    body: _Common, keep_alive: float | None, needs: dict[Needs, Need], ignored: tuple[str, ...], **more: Any
+) -> GenerateCall:
+    options = parse_options(body.options)
+    thinking, effort = _thinking(body.think)
+    if thinking:
+        needs[Needs.THINKING] = Need(_THINKS_NOT, "think")
+    request = GenerationRequest(
+        sampling=options.sampling,
+        sampling_defaults=OLLAMA_DEFAULTS,
+        max_tokens=options.max_tokens,
+        context_tokens=options.context_tokens,
+        stop=options.stop,
+        truncate=body.truncate,
+        thinking=thinking,
+        thinking_effort=effort,
+        schema=_schema(body.format),
+        top_logprobs=body.top_logprobs if body.logprobs else None,
+        **more,
+    )
     call = Call(
-        model=generate.model, request=request, stream=generate.stream, keep_alive_seconds=keep_alive, needs=needs,
-        ignored=options.ignored,
+        model=body.model, requests=(request,), stream=body.stream, keep_alive_seconds=keep_alive, needs=needs,
+        ignored=ignored + _option_names(options),
     )  # fmt: skip
-    return GenerateCall(model=generate.model, keep_alive_seconds=keep_alive, call=call)
+    return GenerateCall(model=body.model, keep_alive_seconds=keep_alive, call=call, render_only=body.debug_render_only)
+
+
+def parse_embed(body: bytes) -> GenerateCall:
+    """Raises ``InvalidRequest``; without an input there is no ``call``, and the model is loaded only."""
+    data = read_object(body, fold_case=True)
+    embed = convert(data, _EmbedBody)
+    ignored = EMBED_FIELDS.check(data)
+    texts = [embed.input] if isinstance(embed.input, str) else embed.input or []
+    if not isinstance(texts, list) or (embed.input is not None and not isinstance(embed.input, str | list)):
+        raise InvalidRequest("invalid input type", param="input")
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest("invalid input type", param="input")
+    if embed.dimensions < 0:
+        raise InvalidRequest("dimensions must not be negative", param="dimensions")
+    keep_alive = _keep_alive(embed.keep_alive)
+    if texts in ([], [""]):
+        return GenerateCall(model=embed.model, keep_alive_seconds=keep_alive, call=None)
+    request = EmbeddingRequest(
+        texts=texts, truncate=embed.truncate, dimensions=embed.dimensions or None, normalize=True
+    )
+    return _embedding_call(embed.model, keep_alive, request, embed.options, ignored)
+
+
+def parse_embeddings(body: bytes) -> GenerateCall:
+    """The older form: one text, and the vector as the model makes it, without unit length."""
+    data = read_object(body, fold_case=True)
+    embed = convert(data, _EmbeddingsBody)
+    ignored = EMBEDDINGS_FIELDS.check(data)
+    keep_alive = _keep_alive(embed.keep_alive)
+    if not embed.prompt:
+        return GenerateCall(model=embed.model, keep_alive_seconds=keep_alive, call=None)
+    request = EmbeddingRequest(texts=[embed.prompt], truncate=False, normalize=False)
+    return _embedding_call(embed.model, keep_alive, request, embed.options, ignored)
+
+
+def _embedding_call(
+    model: str, keep_alive: float | None, request: EmbeddingRequest, options: dict[str, Any], ignored: tuple[str, ...]
+) -> GenerateCall:
+    needs = {Needs.EMBEDDING: Need('"{name}" does not support embeddings')}
+    call = Call(
+        model=model, requests=(request,), keep_alive_seconds=keep_alive, needs=needs,
+        ignored=ignored + tuple(f"options.{name}" for name, value in options.items() if value is not None),
+    )  # fmt: skip
+    return GenerateCall(model=model, keep_alive_seconds=keep_alive, call=call)
 
 
 def parse_show(body: bytes) -> tuple[str, bool]:
@@ -166,31 +295,28 @@ def parse_show(body: bytes) -> tuple[str, bool]:
     return name, show.verbose
 
 
-def _request(body: _Common, options: Options, **more: Any) -> GenerationRequest:
-    return GenerationRequest(
-        sampling=options.sampling,
-        sampling_defaults=OLLAMA_DEFAULTS,
-        max_tokens=options.max_tokens,
-        context_tokens=options.context_tokens,
-        stop=options.stop,
-        truncate=body.truncate,
-        top_logprobs=body.top_logprobs if body.logprobs else None,
-        **more,
-    )
+def _option_names(options: Options) -> tuple[str, ...]:
+    return tuple(f"options.{name}" for name in options.ignored)
+
+
+def _keep_alive(value: Any) -> float | None:
+    return None if value is None else parse_duration(value)
 
 
 def _check_common(body: _Common) -> None:
     if not 0 <= body.top_logprobs <= 20:
         raise InvalidRequest("top_logprobs must be between 0 and 20", param="top_logprobs")
-    if body.format not in (None, ""):
-        if body.format != "json" and not isinstance(body.format, dict):
-            text = msgspec.json.encode(body.format).decode()
-            raise InvalidRequest(
-                f'invalid format: {text!r}; expected "json" or a valid JSON Schema object', param="format"
-            )
-        raise UnsupportedCapability("this release does not support format", param="format")
-    if body._debug_render_only:
-        raise UnsupportedCapability("this release does not support _debug_render_only", param="_debug_render_only")
+
+
+def _schema(form: Any) -> str | None:
+    if form in (None, ""):
+        return None
+    if form == "json":
+        return ANY_OBJECT
+    if isinstance(form, dict):
+        return schema_text(form, "format")
+    text = msgspec.json.encode(form).decode()
+    raise InvalidRequest(f'invalid format: {text!r}; expected "json" or a valid JSON Schema object', param="format")
 
 
 def _thinking(think: Any) -> tuple[bool | None, str | None]:
@@ -211,12 +337,12 @@ def _messages(items: list[dict[str, Any]]) -> list[Message]:
     messages = []
     for number, item in enumerate(items):
         message = convert(without_nulls(item), _Message, f"messages[{number}].")
-        _check_images(message.images, f"messages[{number}].images")
         role = message.role.lower()
         messages.append(
             Message(
                 role=Role(role) if role in set(Role) else Role.USER,
                 content=message.content,
+                images=[image_from_base64(text, f"messages[{number}].images") for text in message.images],
                 reasoning=message.thinking or None,
                 tool_calls=[
                     ToolCall(
@@ -243,21 +369,14 @@ def read_tools(items: list[dict[str, Any]]) -> list[Tool]:
         if tool.type != "function":
             raise InvalidRequest(f"tools of type {tool.type!r} are not supported", param=f"tools[{number}].type")
         parameters = tool.function.parameters or {"type": "object", "properties": {}}
+        if tool.function.strict:
+            schema_text(parameters, f"tools[{number}].function.parameters")
         tools.append(
             Tool(
                 name=tool.function.name,
                 description=tool.function.description,
                 parameters=msgspec.json.encode(parameters).decode(),
+                strict=tool.function.strict,
             )
         )
     return tools
-
-
-def _check_images(images: list[str], param: str) -> None:
-    for image in images:
-        try:
-            base64.b64decode(image, validate=True)
-        except (binascii.Error, ValueError):
-            raise InvalidRequest("illegal base64 data in an image", param=param) from None
-    if images:
-        raise UnsupportedCapability("this model does not support images", param=param)

@@ -1,58 +1,76 @@
-"""OpenAI's bodies: /v1/chat/completions and /v1/completions."""
+"""OpenAI's bodies: /v1/chat/completions, /v1/completions, /v1/embeddings, and /v1/rerank beside them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from mlx_router_server.dialects.body import convert, read_object, without_nulls
-from mlx_router_server.dialects.call import Call, Needs
+from mlx_router_server.dialects.call import Call, Need, Needs
+from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.ollama_requests import read_tools
+from mlx_router_server.dialects.openai_common import (
+    OPENAI_DEFAULTS,
+    SamplingFields,
+    check_ranges,
+    first_said,
+    read_effort,
+    read_part,
+    sampling_of,
+    tool_use,
+)
 from mlx_router_server.dialects.options import Options, parse_options
+from mlx_router_server.dialects.schemas import ANY_OBJECT, schema_text
 from mlx_router_server.durations import parse_duration
 from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
-from mlx_router_shared.generation import GenerationRequest, Message, Role, Sampling, Tool, ToolCall
+from mlx_router_shared.generation import (
+    EmbeddingRequest,
+    GenerationRequest,
+    Message,
+    RerankRequest,
+    Role,
+    ToolCall,
+)
 
-__all__ = ["OPENAI_DEFAULTS", "parse_chat_completion", "parse_completion"]
+__all__ = [
+    "CHAT_FIELDS",
+    "COMPLETION_FIELDS",
+    "EMBEDDING_FIELDS",
+    "RERANK_FIELDS",
+    "EmbeddingCall",
+    "RerankCall",
+    "parse_chat_completion",
+    "parse_completion",
+    "parse_embeddings",
+    "parse_rerank",
+    "read_response_format",
+]
 
-OPENAI_DEFAULTS: Final = Sampling(temperature=1.0, top_p=1.0)
 _ROLES: Final = {
     "system": Role.SYSTEM,
     "developer": Role.SYSTEM,
     "user": Role.USER,
     "assistant": Role.ASSISTANT,
     "tool": Role.TOOL,
+    "function": Role.TOOL,
 }
-_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
 _COMPLETION_TOKENS: Final = 16  # OpenAI's own default for /v1/completions
-_NOT_YET: Final = "this release does not support {}"
+_MOST_CHOICES: Final = 64
+_MOST_INPUTS: Final = 2048
 
 
 class _StreamOptions(Struct, kw_only=True):
     include_usage: bool = False
 
 
-class _Common(Struct, kw_only=True):
-    model: str = ""
-    stream: bool = False
+class _Common(SamplingFields, kw_only=True):
     stream_options: _StreamOptions = field(default_factory=_StreamOptions)
     max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     n: int = 1
     stop: str | list[str] = field(default_factory=list)
-    seed: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] = field(default_factory=dict)
-    # Extensions that are seen in the field.
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    num_ctx: int | None = None
-    keep_alive: Any = None
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 class _ChatBody(_Common, kw_only=True):
@@ -66,21 +84,35 @@ class _ChatBody(_Common, kw_only=True):
     top_logprobs: int | None = None
     reasoning_effort: str | None = None
     reasoning: dict[str, Any] = field(default_factory=dict)
+    thinking: dict[str, Any] = field(default_factory=dict)
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    functions: list[Any] = field(default_factory=list)
-    function_call: Any = None
-    audio: Any = None
     modalities: list[str] = field(default_factory=list)
-    web_search_options: Any = None
 
 
 class _CompletionBody(_Common, kw_only=True):
     prompt: str | list[Any] = ""
     suffix: str = ""
     echo: bool = False
-    best_of: int = 1
+    best_of: int | None = None
     logprobs: int | None = None
+
+
+class _EmbeddingBody(Struct, kw_only=True):
+    model: str = ""
+    input: Any = None
+    encoding_format: str = "float"
+    dimensions: int | None = None
+    keep_alive: Any = None
+
+
+class _RerankBody(Struct, kw_only=True):
+    model: str = ""
+    query: str = ""
+    documents: list[str | dict[str, Any]] = field(default_factory=list)
+    top_n: int | None = None
+    return_documents: bool = False
+    keep_alive: Any = None
 
 
 class _Function(Struct, kw_only=True):
@@ -103,234 +135,366 @@ class _Message(Struct, kw_only=True):
     reasoning: str = ""
 
 
+_ACCOUNTING: Final = "accounting of a hosted service; nothing here depends on it"
+_IGNORED: Final = {
+    "user": _ACCOUNTING,
+    "safety_identifier": _ACCOUNTING,
+    "metadata": _ACCOUNTING,
+    "store": "nothing of a completion is kept here",
+    "service_tier": _ACCOUNTING,
+    "prompt_cache_key": "what was read of a prompt is not kept for the next request",
+    "prompt_cache_retention": "as prompt_cache_key",
+    "prompt_cache_options": "as prompt_cache_key",
+    "moderation": _ACCOUNTING,
+    "verbosity": "no model here knows it",
+    "prediction": "a hint for speed",
+}
+_NOTES: Final = {
+    "keep_alive": "Ollama's field, also by the header X-Keep-Alive",
+    "options": "Ollama's field; the API's own fields win over it",
+    "num_ctx": "Ollama's option: the context of this request",
+    "n": f"at most {_MOST_CHOICES} choices in one request, prompts times n",
+    "seed": "the k-th choice of several is drawn with seed + k",
+    "logit_bias": "token ids of the model's own vocabulary",
+}
+CHAT_FIELDS: Final = FieldRules(
+    route="POST /v1/chat/completions",
+    body=_ChatBody,
+    ignored=_IGNORED,
+    refused={
+        "functions": "functions are long deprecated: use tools",
+        "function_call": "function_call is long deprecated: use tool_choice",
+        "audio": "this server answers in text only",
+        "web_search_options": "this server does not search the web",
+    },
+    notes={
+        **_NOTES,
+        "response_format": "json_object and json_schema are enforced by a grammar, strict or not",
+        "tool_choice": "required, named and allowed_tools are enforced by a grammar: exactly one call",
+        "tools": "with strict the arguments are enforced, for families that write calls in JSON",
+        "reasoning_effort": "none turns thinking off; models that cannot think answer without",
+        "max_tokens": "max_completion_tokens wins",
+        "messages": "images as data URLs, for models with vision",
+    },
+)
+COMPLETION_FIELDS: Final = FieldRules(
+    route="POST /v1/completions",
+    body=_CompletionBody,
+    ignored=_IGNORED,
+    notes={
+        **_NOTES,
+        "best_of": "has to equal n",
+        "suffix": "for models whose vocabulary has tokens for filling in",
+        "max_tokens": f"{_COMPLETION_TOKENS} if absent; 0 with echo",
+    },
+)
+EMBEDDING_FIELDS: Final = FieldRules(
+    route="POST /v1/embeddings",
+    body=_EmbeddingBody,
+    ignored={"user": _ACCOUNTING},
+    notes={
+        "input": f"text, token ids of the model, or up to {_MOST_INPUTS} of either",
+        "dimensions": "the first components, with unit length",
+    },
+)
+RERANK_FIELDS: Final = FieldRules(
+    route="POST /v1/rerank, /api/rerank", body=_RerankBody, notes={"documents": "texts, or objects with text"}
+)
+
+
 def parse_chat_completion(body: bytes) -> Call:
     """Raises ``InvalidRequest`` with ``param``; nothing was looked up yet."""
-    chat = convert(read_object(body, empty="EOF"), _ChatBody)
+    data = read_object(body, empty="EOF")
+    chat = convert(data, _ChatBody)
+    ignored = CHAT_FIELDS.check(data)
     if not chat.messages:
         raise InvalidRequest("[] is too short - 'messages'", param="messages")
-    _check_ranges(chat)
-    _refuse_unsupported(chat)
-    tools = _tools(chat)
+    check_ranges(chat, ("max_tokens", chat.max_tokens), ("max_completion_tokens", chat.max_completion_tokens))
+    _check_logprobs(chat)
+    if any(kind != "text" for kind in chat.modalities):
+        raise UnsupportedCapability("this server answers in text only", param="modalities")
+    use = tool_use(read_tools(chat.tools), chat.tool_choice)
     options = parse_options(chat.options)
     thinking, effort = _thinking(chat)
-    needs = {Needs.COMPLETION: '"{name}" does not support chat'}
-    if tools:
-        needs[Needs.TOOLS] = "{full} does not support tools"
+    needs = {Needs.COMPLETION: Need('"{name}" does not support chat')}
+    if use.offered:
+        needs[Needs.TOOLS] = Need("{full} does not support tools")
+    messages = []
+    for number, item in enumerate(chat.messages):
+        message, image_at = _message(number, item)
+        if image_at:
+            needs.setdefault(Needs.VISION, Need("{full} does not support images", image_at))
+        messages.append(message)
     request = _request(
         chat,
         options,
-        messages=[_message(number, item) for number, item in enumerate(chat.messages)],
-        tools=tools,
+        messages=messages,
+        tools=use.offered,
+        forced_tools=use.forced,
+        max_tool_calls=None if chat.parallel_tool_calls else 1,
+        incremental_tools=chat.stream,
         thinking=thinking,
         thinking_effort=effort,
+        schema=None if use.forced else read_response_format(chat.response_format, "response_format"),
         max_tokens=chat.max_completion_tokens or chat.max_tokens or options.max_tokens,
         top_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
     )
-    return _call(chat, request, needs, options, most_tool_calls=None if chat.parallel_tool_calls else 1)
+    return _call(chat, [request], needs, options, ignored)
 
 
 def parse_completion(body: bytes) -> Call:
     """Raises ``InvalidRequest`` with ``param``; nothing was looked up yet."""
-    completion = convert(read_object(body, empty="EOF"), _CompletionBody)
-    _check_ranges(completion)
+    data = read_object(body, empty="EOF")
+    completion = convert(data, _CompletionBody)
+    ignored = COMPLETION_FIELDS.check(data)
+    free = completion.echo and completion.max_tokens == 0
+    check_ranges(completion, ("max_tokens", None if free else completion.max_tokens))
+    needs = {Needs.COMPLETION: Need('"{name}" does not support completions')}
     if completion.suffix:
-        raise UnsupportedCapability(f"{completion.model} does not support insert", param="suffix")
-    if completion.best_of != 1:
-        raise UnsupportedCapability(_NOT_YET.format("best_of"), param="best_of")
-    if completion.echo:
-        raise UnsupportedCapability(_NOT_YET.format("echo"), param="echo")
-    if completion.logprobs is not None:
-        raise UnsupportedCapability(_NOT_YET.format("logprobs on /v1/completions"), param="logprobs")
-    text, tokens = _prompt(completion.prompt)
+        needs[Needs.INSERT] = Need("{full} does not support insert", "suffix")
+    if completion.best_of not in (None, completion.n):
+        raise UnsupportedCapability("best_of has to equal n", param="best_of")
+    if completion.logprobs is not None and not 0 <= completion.logprobs <= 5:
+        raise InvalidRequest("logprobs must be between 0 and 5", param="logprobs")
     options = parse_options(completion.options)
-    request = _request(
-        completion,
-        options,
-        prompt=text,
-        prompt_tokens=tokens,
-        max_tokens=completion.max_tokens or options.max_tokens or _COMPLETION_TOKENS,
-    )
-    return _call(completion, request, {Needs.COMPLETION: '"{name}" does not support completions'}, options)
+    limit = first_said(completion.max_tokens, first_said(options.max_tokens, _COMPLETION_TOKENS))
+    requests = [
+        _request(
+            completion,
+            options,
+            prompt=text,
+            prompt_tokens=tokens,
+            suffix=completion.suffix or None,
+            max_tokens=limit,
+            echo=completion.echo,
+            top_logprobs=completion.logprobs,
+        )
+        for text, tokens in _prompts(completion.prompt)
+    ]
+    if completion.suffix and any(request.prompt is None for request in requests):
+        raise InvalidRequest("suffix needs a prompt of text", param="suffix")
+    return _call(completion, requests, needs, options, ignored)
 
 
 def _call(
-    body: _Common,
-    request: GenerationRequest,
-    needs: dict[Needs, str],
-    options: Options,
-    most_tool_calls: int | None = None,
-) -> Call:
+    body: _Common, prompts: list[GenerationRequest], needs: dict[Needs, Need], options: Options,
+    ignored: tuple[str, ...],
+) -> Call:  # fmt: skip
+    if not 1 <= body.n <= _MOST_CHOICES // len(prompts):
+        raise InvalidRequest(f"n times the number of prompts must be between 1 and {_MOST_CHOICES}", param="n")
+    requests = [_other_choice(request, number) for request in prompts for number in range(body.n)]
     return Call(
         model=body.model,
-        request=request,
+        requests=tuple(requests),
         stream=body.stream,
         keep_alive_seconds=None if body.keep_alive is None else parse_duration(body.keep_alive),
         needs=needs,
-        most_tool_calls=most_tool_calls,
+        choices_per_prompt=body.n,
         include_usage=body.stream_options.include_usage,
-        ignored=options.ignored,
+        ignored=ignored + tuple(f"options.{name}" for name in options.ignored),
     )
 
 
+def _other_choice(request: GenerationRequest, number: int) -> GenerationRequest:
+    """The same request again; with a seed of its own, or every choice would be the same."""
+    seed = request.sampling.seed
+    if seed is None or number == 0:
+        return request
+    return replace(request, sampling=replace(request.sampling, seed=seed + number))
+
+
 def _request(body: _Common, options: Options, **more: Any) -> GenerationRequest:
-    said = options.sampling
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
     return GenerationRequest(
-        sampling=Sampling(
-            temperature=_first(body.temperature, said.temperature),
-            top_p=_first(body.top_p, said.top_p),
-            top_k=_first(body.top_k, said.top_k),
-            min_p=_first(body.min_p, said.min_p),
-            repeat_penalty=_first(body.repetition_penalty, said.repeat_penalty),
-            repeat_last_n=said.repeat_last_n,
-            presence_penalty=_first(body.presence_penalty, said.presence_penalty),
-            frequency_penalty=_first(body.frequency_penalty, said.frequency_penalty),
-            seed=_first(body.seed, said.seed),
-            logit_bias=_logit_bias(body.logit_bias),
-        ),
+        sampling=sampling_of(body, options),
         sampling_defaults=OPENAI_DEFAULTS,
-        context_tokens=_first(body.num_ctx, options.context_tokens),
+        context_tokens=first_said(body.num_ctx, options.context_tokens),
         stop=[text for text in stop if text] or options.stop,
         **more,
     )
 
 
-def _first(said: Any, otherwise: Any) -> Any:
-    return otherwise if said is None else said
-
-
-def _check_ranges(body: _Common) -> None:
-    ranges: tuple[tuple[str, float | None, float, float], ...] = (
-        ("temperature", body.temperature, 0, 2),
-        ("top_p", body.top_p, 0, 1),
-        ("min_p", body.min_p, 0, 1),
-        ("presence_penalty", body.presence_penalty, -2, 2),
-        ("frequency_penalty", body.frequency_penalty, -2, 2),
-    )
-    for name, value, low, high in ranges:
-        if value is not None and not low <= value <= high:
-            raise InvalidRequest(f"{name} must be between {low} and {high}, not {value:g}", param=name)
-    for name, number in (
-        ("max_tokens", body.max_tokens),
-        ("max_completion_tokens", getattr(body, "max_completion_tokens", None)),
-        ("num_ctx", body.num_ctx),
-    ):
-        if number is not None and number < 1:
-            raise InvalidRequest(f"{name} must be at least 1, not {number}", param=name)
-    if body.top_k is not None and body.top_k < 0:
-        raise InvalidRequest("top_k must not be negative", param="top_k")
-    if body.repetition_penalty is not None and body.repetition_penalty <= 0:
-        raise InvalidRequest("repetition_penalty must be greater than 0", param="repetition_penalty")
-    if body.n != 1:
-        raise UnsupportedCapability("this release answers one choice per request: n must be 1", param="n")
-
-
-def _refuse_unsupported(chat: _ChatBody) -> None:
-    """Fields that would change the answer and cannot be honoured are refused, never ignored."""
+def _check_logprobs(chat: _ChatBody) -> None:
     if chat.top_logprobs is not None:
         if not 0 <= chat.top_logprobs <= 20:
             raise InvalidRequest("top_logprobs must be between 0 and 20", param="top_logprobs")
         if not chat.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
-    if chat.response_format.get("type", "text") != "text":
-        raise UnsupportedCapability(_NOT_YET.format("response_format"), param="response_format")
-    if chat.functions or chat.function_call is not None:
-        raise UnsupportedCapability("functions are long deprecated: use tools", param="functions")
-    if chat.audio is not None or any(kind != "text" for kind in chat.modalities):
-        raise UnsupportedCapability("this server answers in text only", param="modalities")
-    if chat.web_search_options is not None:
-        raise UnsupportedCapability("this server does not search the web", param="web_search_options")
 
 
-def _tools(chat: _ChatBody) -> list[Tool]:
-    choice = chat.tool_choice
-    if choice is None or choice == "auto":
-        return read_tools(chat.tools)
-    if choice == "none":
-        return []  # a call cannot be made where no tool is known
-    if not chat.tools:
-        raise InvalidRequest("tool_choice needs tools", param="tool_choice")
-    if choice != "required" and not isinstance(choice, dict):
-        raise InvalidRequest("tool_choice must be none, auto, required or an object", param="tool_choice")
-    if isinstance(choice, dict):
-        name = (choice.get("function") or {}).get("name") if isinstance(choice.get("function"), dict) else None
-        if name not in [tool.name for tool in read_tools(chat.tools)]:
-            raise InvalidRequest(f"tool_choice names {name!r}, which is not among the tools", param="tool_choice")
-    raise UnsupportedCapability(_NOT_YET.format("a forced tool_choice"), param="tool_choice")
+def read_response_format(form: dict[str, Any], param: str) -> str | None:
+    """The schema that the answer has to satisfy. Chat nests it under ``json_schema``, responses have it beside
+    ``type``."""
+    kind = form.get("type", "text")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return ANY_OBJECT
+    if kind != "json_schema":
+        raise InvalidRequest(f"unknown format {kind!r}: text, json_object or json_schema", param=f"{param}.type")
+    inner = form.get("json_schema", form)
+    schema = inner.get("schema") if isinstance(inner, dict) else None
+    if schema is None:
+        return ANY_OBJECT
+    if not isinstance(schema, dict):
+        raise InvalidRequest("the schema has to be an object", param=f"{param}.json_schema.schema")
+    return schema_text(schema, param)
 
 
 def _thinking(chat: _ChatBody) -> tuple[bool | None, str | None]:
     effort = chat.reasoning_effort or chat.reasoning.get("effort")
     if effort is not None:
-        if effort not in _EFFORTS:
-            raise InvalidRequest(
-                f'invalid reasoning value: "{effort}" (must be one of {", ".join(_EFFORTS)})', param="reasoning_effort"
-            )
-        if effort == "none":
-            return False, None
-        return True, {"minimal": "low", "xhigh": "max", "ultra": "max"}.get(effort, effort)
+        return read_effort(effort, "reasoning_effort")
     said = chat.enable_thinking
     if said is None and isinstance(chat.chat_template_kwargs.get("enable_thinking"), bool):
         said = chat.chat_template_kwargs["enable_thinking"]
+    if said is None and chat.thinking.get("type") in ("enabled", "disabled"):
+        said = chat.thinking["type"] == "enabled"
     return said, None
 
 
-def _message(number: int, item: dict[str, Any]) -> Message:
+def _message(number: int, item: dict[str, Any]) -> tuple[Message, str]:
+    """A message, and where in it the first image is, if one is."""
     at = f"messages[{number}]"
     message = convert(without_nulls(item), _Message, f"{at}.")
     if message.role not in _ROLES:
         raise InvalidRequest(f"unknown role {message.role!r}", param=f"{at}.role")
     if message.content is None and not message.tool_calls and message.role != "assistant":
         raise InvalidRequest("invalid message content type: <nil>", param=f"{at}.content")
-    return Message(
-        role=_ROLES[message.role],
-        content=_content(message.content, f"{at}.content"),
-        reasoning=message.reasoning_content or message.reasoning or None,
-        tool_calls=[
-            ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments or "{}")
-            for call in message.tool_calls
-        ],
-        tool_call_id=message.tool_call_id or None,
-        tool_name=message.name or None if message.role == "tool" else None,
+    parts: list[str | bytes] = []
+    if isinstance(message.content, list):
+        parts = [read_part(part, f"{at}.content[{n}]") for n, part in enumerate(message.content)]
+    elif message.content:
+        parts = [message.content]
+    image_at = next((f"{at}.content[{n}]" for n, part in enumerate(parts) if isinstance(part, bytes)), "")
+    role = _ROLES[message.role]
+    return (
+        Message(
+            role=role,
+            content="".join(part for part in parts if isinstance(part, str)),
+            images=[part for part in parts if isinstance(part, bytes)],
+            reasoning=message.reasoning_content or message.reasoning or None,
+            tool_calls=[
+                ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments or "{}")
+                for call in message.tool_calls
+            ],
+            tool_call_id=message.tool_call_id or None,
+            tool_name=message.name or None if role is Role.TOOL else None,
+        ),
+        image_at,
     )
 
 
-def _content(content: str | list[dict[str, Any]] | None, at: str) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = []
-    for number, part in enumerate(content):
-        kind = part.get("type")
-        if kind in ("text", "refusal") and isinstance(part.get(kind), str):
-            texts.append(part[kind])
-        elif kind == "image_url":
-            raise UnsupportedCapability("this model does not support images", param=f"{at}[{number}]")
-        elif kind in ("input_audio", "file"):
-            raise UnsupportedCapability(f"this model does not support {kind} parts", param=f"{at}[{number}]")
-        else:
-            raise InvalidRequest("invalid message format", param=f"{at}[{number}]")
-    return "".join(texts)
-
-
-def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
-    found = {}
-    for token, value in bias.items():
-        if not token.isdigit() or not -100 <= value <= 100:
-            raise InvalidRequest("logit_bias maps token ids to numbers from -100 to 100", param="logit_bias")
-        found[int(token)] = value
-    return found
-
-
-def _prompt(prompt: str | list[Any]) -> tuple[str | None, list[int]]:
-    """Text, or token ids; a list of one prompt is that prompt."""
+def _prompts(prompt: str | list[Any]) -> list[tuple[str | None, list[int]]]:
+    """Each as text or as token ids."""
     if isinstance(prompt, str):
-        if not prompt:
-            raise InvalidRequest("prompt must not be empty", param="prompt")
-        return prompt, []
-    if len(prompt) == 1 and isinstance(prompt[0], str | list):
-        return _prompt(prompt[0])
-    if prompt and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
-        return None, prompt
+        return [_prompt(prompt)]
     if prompt and all(isinstance(part, str | list) for part in prompt):
-        raise UnsupportedCapability(_NOT_YET.format("several prompts in one request"), param="prompt")
+        if len({type(part) for part in prompt}) > 1:
+            raise InvalidRequest("prompts of text and of token ids cannot be mixed", param="prompt")
+        return [_prompt(part) for part in prompt]
+    return [_prompt(prompt)]
+
+
+def _prompt(prompt: Any) -> tuple[str | None, list[int]]:
+    if isinstance(prompt, str) and prompt:
+        return prompt, []
+    if _is_token_ids(prompt):
+        return None, prompt
+    if prompt in ("", []):
+        raise InvalidRequest("prompt must not be empty", param="prompt")
     raise InvalidRequest("prompt must be text or a list of token ids", param="prompt")
+
+
+def _is_token_ids(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingCall:
+    """A request for vectors, and how they are wanted."""
+
+    call: Call
+    as_base64: bool
+
+
+def parse_embeddings(body: bytes) -> EmbeddingCall:
+    """Raises ``InvalidRequest`` with ``param``; nothing was looked up yet."""
+    data = read_object(body, empty="EOF")
+    embedding = convert(data, _EmbeddingBody)
+    ignored = EMBEDDING_FIELDS.check(data)
+    if embedding.encoding_format not in ("float", "base64"):
+        raise InvalidRequest(
+            f"Invalid value for 'encoding_format' = {embedding.encoding_format}. "
+            "Supported values: ['float', 'base64'].",
+            param="encoding_format",
+        )
+    if embedding.dimensions is not None and embedding.dimensions < 1:
+        raise InvalidRequest("dimensions must be at least 1", param="dimensions")
+    texts, tokens = _inputs(embedding.input)
+    request = EmbeddingRequest(texts=texts, tokens=tokens, truncate=False, dimensions=embedding.dimensions)
+    return EmbeddingCall(_other_call(embedding, request, Needs.EMBEDDING, "embeddings", ignored),
+                         embedding.encoding_format == "base64")  # fmt: skip
+
+
+def _inputs(value: Any) -> tuple[list[str], list[list[int]]]:
+    if isinstance(value, str):
+        value = [value]
+    if _is_token_ids(value):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest("invalid input", param="input")
+    if len(value) > _MOST_INPUTS:
+        raise InvalidRequest(f"invalid input: more than {_MOST_INPUTS} items", param="input")
+    if all(isinstance(item, str) and item for item in value):
+        return value, []
+    if all(_is_token_ids(item) for item in value):
+        return [], value
+    raise InvalidRequest("invalid input: texts that are not empty, or lists of token ids", param="input")
+
+
+@dataclass(frozen=True, slots=True)
+class RerankCall:
+    """A request for scores, and which of them are wanted."""
+
+    call: Call
+    documents: list[str]
+    top_n: int
+    with_documents: bool
+
+
+def parse_rerank(body: bytes) -> RerankCall:
+    """Raises ``InvalidRequest`` with ``param``; nothing was looked up yet."""
+    data = read_object(body, empty="EOF")
+    rerank = convert(data, _RerankBody)
+    ignored = RERANK_FIELDS.check(data)
+    if not rerank.query:
+        raise InvalidRequest("query is required", param="query")
+    documents = [item if isinstance(item, str) else item.get("text") for item in rerank.documents]
+    if not documents or not all(isinstance(text, str) for text in documents):
+        raise InvalidRequest("documents has to be a list of texts", param="documents")
+    if len(documents) > _MOST_INPUTS:
+        raise InvalidRequest(f"documents holds more than {_MOST_INPUTS} items", param="documents")
+    if rerank.top_n is not None and rerank.top_n < 1:
+        raise InvalidRequest("top_n must be at least 1", param="top_n")
+    texts = [str(text) for text in documents]
+    request = RerankRequest(query=rerank.query, documents=texts)
+    call = _other_call(rerank, request, Needs.RERANK, "rerank", ignored)
+    return RerankCall(call, texts, rerank.top_n or len(texts), rerank.return_documents)
+
+
+def _other_call(
+    body: _EmbeddingBody | _RerankBody, request: EmbeddingRequest | RerankRequest, need: Needs, what: str,
+    ignored: tuple[str, ...],
+) -> Call:  # fmt: skip
+    return Call(
+        model=body.model,
+        requests=(request,),
+        keep_alive_seconds=None if body.keep_alive is None else parse_duration(body.keep_alive),
+        needs={need: Need('"{name}" does not support ' + what)},
+        ignored=ignored,
+    )

@@ -21,6 +21,8 @@ _STATUSES: Final[dict[ErrorCode, int]] = {
     ErrorCode.INVALID_REQUEST: 400,
     ErrorCode.UNSUPPORTED_CAPABILITY: 400,
     ErrorCode.CONTEXT_LENGTH_EXCEEDED: 400,
+    ErrorCode.PREVIOUS_RESPONSE_MISSING: 400,
+    ErrorCode.NOT_FOUND: 404,
     ErrorCode.MODEL_NOT_FOUND: 404,
     ErrorCode.MODEL_TOO_LARGE: 500,
     ErrorCode.UNAVAILABLE: 503,

@@ -16,12 +16,11 @@ from typing import Final, assert_never
 from mlx_router_server.workers.launcher import WorkerProcess
 from mlx_router_server.workers.link import WorkerLink
 from mlx_router_shared.errors import ErrorCode, LoadFailed, MlxRouterError, WorkerDied, error_from_code
-from mlx_router_shared.generation import Event, Failure, Finish, GenerationRequest
+from mlx_router_shared.generation import Event, Failure, Finish, Request
 from mlx_router_shared.protocol import (
     Bye,
     Cancel,
     FromWorker,
-    Submit,
     GetStats,
     Hello,
     Load,
@@ -31,6 +30,7 @@ from mlx_router_shared.protocol import (
     Shutdown,
     Stats,
     Step,
+    Submit,
     ToWorker,
 )
 from mlx_router_shared.protocol import LoadFailed as LoadFailedMessage
@@ -175,7 +175,7 @@ class WorkerHandle:
 
     # ------------------------------------------------------------------------- requests
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[Event], None]:
+    async def generate(self, request: Request) -> AsyncGenerator[list[Event], None]:
         """The events of one request, as they come, the last of them ``Finish`` or ``Failure``.
 
         Closing the generator early cancels the request in the worker. Raises ``WorkerDied`` when it cannot be sent.

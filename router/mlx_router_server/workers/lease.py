@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from mlx_router_server.workers.handle import WorkerHandle
 from mlx_router_server.workers.timings import SwapTimings
-from mlx_router_shared.generation import Event, GenerationRequest, ReasoningDelta, TextDelta, ToolCallDone
+from mlx_router_shared.generation import Event, ReasoningDelta, Request, TextDelta, ToolCallDone
 from mlx_router_shared.protocol import ModelFacts
 
 __all__ = ["Lease"]
@@ -35,7 +35,7 @@ class Lease:
         assert self._handle.facts is not None
         return self._handle.facts
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[Event], None]:
+    async def generate(self, request: Request) -> AsyncGenerator[list[Event], None]:
         """The events of a request; closing the generator cancels the request."""
         stream = self._handle.generate(request)
         try:

@@ -50,6 +50,7 @@ from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.lifecycle.states import State
 from mlx_router_server.lifecycle.views import LoadForecast, ModelView, WaiterView
 from mlx_router_server.telemetry.events import Happenings
+from mlx_router_server.workers.counter import TokenCounter
 from mlx_router_server.workers.handle import WorkerHandle
 from mlx_router_server.workers.launcher import launch
 from mlx_router_server.workers.lease import Lease
@@ -63,6 +64,7 @@ from mlx_router_server.workers.standby import StandbyPool
 from mlx_router_server.workers.timings import EvictionTimings, SwapTimings
 from mlx_router_server.workers.watching import watch_memory, watch_progress
 from mlx_router_shared.errors import ShuttingDown
+from mlx_router_shared.generation import Counted, CountRequest
 from mlx_router_shared.protocol import Bootstrap, Hello
 
 __all__ = ["Supervisor"]
@@ -104,6 +106,7 @@ class Supervisor:
         self._owner: asyncio.Task[None] | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._standby = StandbyPool(options.standby_workers, self._start_process)
+        self._counters = {kind: TokenCounter(kind, self._start_process) for kind in ("tokenizer", "fake")}
 
     async def start(self) -> None:
         """Bind the socket and start owning; the standby worker comes by itself."""
@@ -136,6 +139,7 @@ class Supervisor:
         self.begin_leaving()
         await self.settled()
         await self._standby.close(self._stop_seconds)
+        await asyncio.gather(*(counter.close(self._stop_seconds) for counter in self._counters.values()))
         while self._runs:
             await self.wait_change()
         tasks = [*self._watchers, *([self._owner] if self._owner is not None else [])]
@@ -182,6 +186,12 @@ class Supervisor:
         finally:
             del self._tickets[ticket]
             self._post(LeaseReturned(ticket=ticket))
+
+    async def count(self, engine: str, request: CountRequest) -> Counted:
+        """The tokens of a prompt, counted beside all models: nothing is loaded, and nobody waits for a turn."""
+        if self._leaving:
+            raise ShuttingDown("the server is shutting down")
+        return await self._counters["fake" if engine == "fake" else "tokenizer"].count(request)
 
     def want(self, plan: LoadPlan, reason: str) -> None:
         """Have a model loaded for nobody in particular, if nobody has to leave for it; returns at once."""

@@ -1,0 +1,44 @@
+"""Anthropic's routes."""
+
+from __future__ import annotations
+
+import secrets
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from mlx_router_server.api.answer import Answer, AnswerStyle, answer
+from mlx_router_server.api.count import count_tokens
+from mlx_router_server.api.server import read_body
+from mlx_router_server.dialects import anthropic_answers as answers
+from mlx_router_server.dialects.anthropic_requests import parse_count, parse_messages
+
+__all__ = ["routes"]
+
+
+async def messages(request: Request) -> Answer:
+    asked = parse_messages(await read_body(request))
+    call = asked.call
+    answer_id = "msg_" + secrets.token_hex(12)
+    style = AnswerStyle(
+        whole=lambda transcripts, moment: answers.render_answer(
+            answer_id, call.model, transcripts[0], show_thinking=asked.show_thinking
+        ),
+        stream=lambda: answers.AnthropicStream(answer_id, call.model, show_thinking=asked.show_thinking),
+    )
+    return await answer(request, call, style)
+
+
+async def count(request: Request) -> Response:
+    """Clients ask for many at once and do not expect to wait."""
+    tokens, _ = await count_tokens(request, parse_count(await read_body(request)))
+    return Response(msgspec.json.encode({"input_tokens": tokens}), media_type="application/json")
+
+
+def routes() -> list[BaseRoute]:
+    return [
+        Route("/v1/messages", messages, methods=["POST"]),
+        Route("/v1/messages/count_tokens", count, methods=["POST"]),
+    ]
