@@ -217,7 +217,8 @@ class ProtocolError(MlxRouterError):
 
 
 def _tree(root: type[MlxRouterError]) -> dict[str, type[MlxRouterError]]:
-    found = {root.code.value: root}
+    """The classes by their codes; one that has its code from its parent is the parent's business."""
+    found = {root.code.value: root} if "code" in root.__dict__ else {}
     for child in root.__subclasses__():
         found.update(_tree(child))
     return found

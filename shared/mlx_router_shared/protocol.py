@@ -46,7 +46,8 @@ class Bootstrap(Struct, frozen=True, kw_only=True):
     worker_id: str
     token: str
     engine: str
-    """The engine kind to import before saying hello: ``mlx``, ``embed``, ``tokenizer`` or ``fake``."""
+    """The engine kind to import before saying hello: ``mlx``, ``embed``, ``encode``, ``rerank``, ``vlm``, ``tokenizer``
+    or ``fake``."""
 
 
 def events_identity(worker_id: str) -> str:

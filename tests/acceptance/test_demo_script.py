@@ -89,9 +89,10 @@ def test_the_whole_script_through_the_openai_client_as_streams(openai_client: An
             text += delta.content or ""
             thought += getattr(delta, "reasoning_content", None) or ""
             for call in delta.tool_calls or []:
-                assert call.index == len(calls)
-                calls.append({"name": call.function.name, "arguments": json.loads(call.function.arguments)})
-        return text, thought, calls
+                if call.index == len(calls):
+                    calls.append({"name": call.function.name, "arguments": ""})
+                calls[call.index]["arguments"] += call.function.arguments
+        return text, thought, [{**call, "arguments": json.loads(call["arguments"])} for call in calls]
 
     cases = conversations()
     with ThreadPoolExecutor(16) as pool:

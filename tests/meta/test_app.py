@@ -13,11 +13,17 @@ from starlette.routing import Route
 from mlx_router_server.app import create_app
 from mlx_router_server.settings import Settings
 
-_INFERENCE = {"/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions"}
+_INFERENCE = {
+    "/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
+    "/api/embed", "/api/embeddings", "/v1/embeddings", "/v1/rerank", "/api/rerank",
+}  # fmt: skip
 _OTHER = {
     "/", "/api/version", "/api/tags", "/api/ps", "/api/show", "/v1/models", "/v1/models/{name:path}", "/health",
     "/ready", "/admin/status", "/admin/models/{name:path}/load", "/admin/models/{name:path}/unload",
     "/admin/models/{name:path}/pin", "/admin/models/{name:path}/unpin", "/admin/plan", "/admin/events",
+    "/v1/messages/count_tokens", "/v1/responses/input_tokens", "/v1/responses/{response_id}",
+    "/v1/responses/{response_id}/input_items", "/api/status", "/api/me", "/api/signout", "/api/user/keys/{key}",
+    "/api/experimental/web_search", "/api/experimental/web_fetch", "/api/experimental/model-recommendations",
 }  # fmt: skip
 
 

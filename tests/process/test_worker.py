@@ -148,7 +148,7 @@ def test_a_worker_of_its_own_session_sees_no_secrets(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
-    [({"token": "guessed"}, "wrong token"), ({"protocol_version": 99}, "speaks protocol version 99, this router 1")],
+    [({"token": "guessed"}, "wrong token"), ({"protocol_version": 99}, "speaks protocol version 99, this router 2")],
 )
 def test_a_peer_that_is_not_ours_is_not_heard(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
     async def test() -> None:

@@ -35,13 +35,14 @@ def make_random_model(
     shard_bytes: int = 0,
     context: int = 32768,
     chat_template: str | None = CHAT_TEMPLATE,
+    more_markers: tuple[str, ...] = (),
 ) -> Path:
     """Write a model of about ``size_bytes`` of weights into ``folder`` and return the folder.
 
     ``bits=0`` gives bfloat16; otherwise affine quantisation in groups of 64 with float32 scales, because a quantised
     matmul in half precision is 8 to 40 times slower on a CPU.
     """
-    tokenizer = build_tokenizer(folder, chat_template)
+    tokenizer = build_tokenizer(folder, chat_template, more_markers)
     dtype = "float32" if bits else "bfloat16"
     width = 4 if dtype == "float32" else 2
     bytes_per_weight = (bits + 16 * width / 64) / 8 if bits else width

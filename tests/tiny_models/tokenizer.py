@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from tests.tiny_models.script import FALLBACK, LONG_STORY, conversations
 
-__all__ = ["CHAT_TEMPLATE", "build_tokenizer", "write_json"]
+__all__ = ["CHAT_TEMPLATE", "PLAIN_TEMPLATE", "build_tokenizer", "write_json"]
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
@@ -60,6 +60,12 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
+# A model that chats, and neither thinks nor calls tools.
+PLAIN_TEMPLATE = (
+    "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -70,7 +76,9 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def build_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
+def build_tokenizer(
+    folder: Path, chat_template: str | None = CHAT_TEMPLATE, more_markers: tuple[str, ...] = ()
+) -> Tokenizer:
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder`` and return the tokenizer.
 
     With ``chat_template=None`` the model is a plain completion model: no chat, no tools, no thinking.
@@ -102,6 +110,7 @@ def build_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> 
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     # Qwen3 keeps these visible when special tokens are skipped.
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in MARKERS])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in more_markers])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {

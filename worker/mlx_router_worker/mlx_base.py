@@ -45,12 +45,16 @@ class MlxBase:
         self._model, self._tokenizer = model, load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
         self._weights_bytes = self._evaluate(report)
         self._weights_seconds = time.perf_counter() - started
+        self._note_config(load, config)
+        return config
+
+    def _note_config(self, load: Load, config: dict[str, Any]) -> None:
+        """The figures that the configuration says: context and vocabulary."""
         text_config = config.get("text_config") or config
         limit = int(text_config.get("max_position_embeddings") or _DEFAULT_CONTEXT)
         self._context_tokens = min(limit, load.context_tokens) if load.context_tokens else limit
         self._vocabulary = int(text_config.get("vocab_size") or len(self._tokenizer))
         self._wired_bytes = load.wired_limit_bytes
-        return config
 
     def _evaluate(self, report: Report) -> int:
         """Read the weights in portions, so that progress can be told; the next is begun before the last is waited for.

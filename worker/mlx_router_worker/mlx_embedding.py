@@ -32,7 +32,7 @@ from mlx_router_shared.generation import (
 from mlx_router_shared.protocol import Load, ModelFacts
 from mlx_router_worker.engine import Report
 from mlx_router_worker.mlx_base import MlxBase
-from mlx_router_worker.text.pooling import Pooling, batches, finished, read_pooling
+from mlx_router_worker.text.pooling import Kind, Pooling, batches, finished, read_pooling
 
 __all__ = ["EmbeddingEngine"]
 
@@ -49,7 +49,9 @@ class _Job:
 
 
 class EmbeddingEngine(MlxBase):
-    """Implements ``Engine`` for embeddings."""
+    """Implements ``Engine`` for embeddings; what is particular to decoders is in four methods."""
+
+    default_pooling: Kind = "lasttoken"
 
     def __init__(self, _send_bytes: Callable[[bytes], None]) -> None:
         super().__init__()
@@ -58,11 +60,11 @@ class EmbeddingEngine(MlxBase):
         self._pooling = Pooling()
 
     def load(self, load: Load, report: Report) -> ModelFacts:
-        # The last layer of a model that was saved without one is not needed.
-        self._load_weights(load, report, strict=False)
-        if not hasattr(self._model, "model"):
-            raise LoadFailed("this architecture has no body that its states can be read from")
-        self._pooling = read_pooling(Path(load.path))
+        self._load_model(load, report)
+        try:
+            self._pooling = read_pooling(Path(load.path), self.default_pooling)
+        except ValueError as error:
+            raise LoadFailed(str(error)) from None
         return ModelFacts(
             context_tokens=self._context_tokens,
             has_chat_template=False,
@@ -76,7 +78,34 @@ class EmbeddingEngine(MlxBase):
 
     def warm_up(self) -> None:
         if mx.default_device() != mx.Device(mx.cpu):
-            mx.eval(self._model.model(mx.zeros((1, 2), mx.int32)))
+            mx.eval(self._states([[0, 0]]))
+
+    # ---------------------------------------------- particular to the kind of model
+
+    def _load_model(self, load: Load, report: Report) -> None:
+        # The last layer of a model that was saved without one is not needed.
+        self._load_weights(load, report, strict=False)
+        if not hasattr(self._model, "model"):
+            raise LoadFailed("this architecture has no body that its states can be read from")
+
+    def _encode(self, text: str) -> list[int]:
+        """The tokens of a text; the state of the end token is what a model that pools the last one was trained for."""
+        tokens = list(self._tokenizer.encode(text))
+        special = self._tokenizer.all_special_ids
+        if self._pooling.kind == "lasttoken" and (not tokens or tokens[-1] not in special):
+            tokens.append(self._tokenizer.eos_token_id)
+        return tokens or [self._tokenizer.eos_token_id]
+
+    def _cut(self, tokens: list[int], limit: int) -> list[int]:
+        return [*tokens[: limit - 1], tokens[-1]]
+
+    def _states(self, rows: list[list[int]]) -> mx.array:
+        """The last hidden states, one row a text, with anything beyond its end: [texts, longest, width]."""
+        longest = max(map(len, rows))
+        padded = mx.array([row + [0] * (longest - len(row)) for row in rows])
+        return self._model.model(padded)
+
+    # ----------------------------------------------------------------- requests
 
     def submit(self, request_id: str, request: Request) -> list[Event]:
         if not isinstance(request, EmbeddingRequest):
@@ -93,24 +122,17 @@ class EmbeddingEngine(MlxBase):
             raise InvalidRequest(
                 f"the input holds a token id outside of this model's vocabulary of {self._vocabulary}", param="input"
             )
-        encoded = [list(tokens) for tokens in request.tokens]
-        encoded += [list(self._tokenizer.encode(text)) for text in request.texts]
-        return [self._with_end(tokens) for tokens in encoded]
-
-    def _with_end(self, tokens: list[int]) -> list[int]:
-        """The state of the end token is what a model that pools the last token was trained for."""
-        special = self._tokenizer.all_special_ids
-        if self._pooling.kind == "lasttoken" and (not tokens or tokens[-1] not in special):
-            return [*tokens, self._tokenizer.eos_token_id]
-        return tokens or [self._tokenizer.eos_token_id]
+        return [list(tokens) for tokens in request.tokens] + [self._encode(text) for text in request.texts]
 
     def _fitted(self, tokens: list[int], request: EmbeddingRequest) -> list[int]:
         limit = self._context_tokens
         if len(tokens) <= limit:
             return tokens
         if not request.truncate:
-            raise ContextLengthExceeded("the input length exceeds the context length", param="input")
-        return [*tokens[: limit - 1], tokens[-1]]
+            raise ContextLengthExceeded(
+                "the input length exceeds the context length", param="input", tokens=len(tokens), limit=limit
+            )
+        return self._cut(tokens, limit)
 
     def cancel(self, request_id: str) -> None:
         if self._jobs.pop(request_id, None) is not None:
@@ -139,13 +161,13 @@ class EmbeddingEngine(MlxBase):
 
     def _compute(self, chosen: list[tuple[str, int]]) -> None:
         rows = [self._jobs[request_id].inputs[number] for request_id, number in chosen]
-        longest = max(map(len, rows))
-        padded = mx.array([row + [0] * (longest - len(row)) for row in rows])
-        states = self._model.model(padded).astype(mx.float32)
+        states = self._states(rows).astype(mx.float32)
         lengths = mx.array([len(row) for row in rows])
-        if self._pooling.kind == "mean":
-            mask = (mx.arange(longest)[None] < lengths[:, None])[..., None]
-            pooled = (states * mask).sum(axis=1) / lengths[:, None]
+        inside = (mx.arange(states.shape[1])[None] < lengths[:, None])[..., None]
+        if self._pooling.kind == "mean":  # chosen, not multiplied: what is beyond the end may be no number
+            pooled = mx.where(inside, states, 0).sum(axis=1) / lengths[:, None]
+        elif self._pooling.kind == "max":
+            pooled = mx.where(inside, states, -mx.inf).max(axis=1)
         else:
             at = lengths - 1 if self._pooling.kind == "lasttoken" else mx.zeros_like(lengths)
             pooled = states[mx.arange(len(rows)), at]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, make_text_state_machine
@@ -50,12 +50,20 @@ from mlx_router_worker.text.prompt import template_tools
 from mlx_router_worker.text.renderer import PromptRenderer, is_chat
 from mlx_router_worker.text.schemas import answer_grammar, call_grammar
 
-__all__ = ["MlxEngine"]
+__all__ = ["PREFILL_TOKENS", "MlxEngine", "Prompt"]
 
 # One chunk of a prompt is computed between two decode steps, so this bounds the stutter of running streams; mlx-lm's
 # default of 2048 is made for throughput.
-_PREFILL_TOKENS: Final = 512
+PREFILL_TOKENS: Final = 512
 _JSON_CALLS: Final = "mlx_lm.tool_parsers.json_tools"
+
+
+class Prompt(NamedTuple):
+    """The tokens of a prompt, how many turns were left out, and what else its insertion needs."""
+
+    tokens: list[int]
+    dropped: int
+    extra: dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -63,7 +71,7 @@ class _Scoring:
     """A prompt whose own log probabilities are wanted; read in chunks between the steps of the others."""
 
     request: GenerationRequest
-    tokens: list[int]
+    prompt: Prompt
     cache: list[Any]
     top: int
     started: float
@@ -90,8 +98,7 @@ class MlxEngine(MlxBase):
 
     def load(self, load: Load, report: Report) -> ModelFacts:
         config = self._load_weights(load, report)
-        if not all(hasattr(cache, "merge") for cache in make_prompt_cache(self._model)):
-            raise LoadFailed(f"the {config.get('model_type')} architecture keeps a cache that cannot be batched")
+        self._check_cache(config)
         self._path = Path(load.path)
         self._generation_config = read_generation_config(self._path)
         self._machine = make_text_state_machine(self._tokenizer)
@@ -111,6 +118,10 @@ class MlxEngine(MlxBase):
             weights_seconds=self._weights_seconds,
             warm_up_seconds=0.0,
         )
+
+    def _check_cache(self, config: dict[str, Any]) -> None:
+        if not all(hasattr(cache, "merge") for cache in make_prompt_cache(self._model)):
+            raise LoadFailed(f"the {config.get('model_type')} architecture keeps a cache that cannot be batched")
 
     def warm_up(self) -> None:
         """Compile kernels with one token. On a CPU there are none, and a token of a large model takes a second."""
@@ -133,7 +144,7 @@ class MlxEngine(MlxBase):
             stop_tokens=[[token] for token in self._tokenizer.eos_token_ids],
             completion_batch_size=parallel,
             prefill_batch_size=min(8, parallel),
-            prefill_step_size=_PREFILL_TOKENS,
+            prefill_step_size=PREFILL_TOKENS,
         )
 
     # ----------------------------------------------------------------- requests
@@ -142,20 +153,25 @@ class MlxEngine(MlxBase):
         if not isinstance(request, GenerationRequest):
             raise UnsupportedCapability("this model generates text; it makes no embeddings")
         started = time.perf_counter()
-        tokens, dropped = self._renderer.tokens(request)
-        events: list[Event] = [Started(prompt_tokens=len(tokens), dropped_messages=dropped)]
+        prompt = self._prompt(request)
+        events: list[Event] = [Started(prompt_tokens=len(prompt.tokens), dropped_messages=prompt.dropped)]
         if request.echo and request.top_logprobs is not None:
             cache = make_prompt_cache(self._model)
-            self._scoring[request_id] = _Scoring(request, tokens, cache, request.top_logprobs, started)
+            self._scoring[request_id] = _Scoring(request, prompt, cache, request.top_logprobs, started)
             return events
         if request.echo:
-            events.append(PromptEcho(text=self._prompt_text(request, tokens)))
-        return events + self._insert(request_id, request, tokens, started)
+            events.append(PromptEcho(text=self._prompt_text(request, prompt.tokens)))
+        return events + self._insert(request_id, request, prompt, started)
 
-    def _insert(self, request_id: str, request: GenerationRequest, tokens: list[int], started: float) -> list[Event]:
+    def _prompt(self, request: GenerationRequest) -> Prompt:
+        tokens, dropped = self._renderer.tokens(request)
+        return Prompt(tokens, dropped, {})
+
+    def _insert(self, request_id: str, request: GenerationRequest, prompt: Prompt, started: float) -> list[Event]:
         """Have an answer generated; its first events, which are its last ones when nothing may be generated."""
         assert self._generator is not None
         assert self._samplers is not None
+        tokens = prompt.tokens
         room = self._renderer.context_of(request) - len(tokens)
         budget = request.max_tokens if request.max_tokens is not None else room
         sampling = first_said(request.sampling, self._generation_config, request.sampling_defaults)
@@ -171,7 +187,7 @@ class MlxEngine(MlxBase):
         if guide is not None:
             processors.append(guide)  # the last word is the grammar's
         (uid,) = self._generator.insert(
-            [tokens], [min(budget, room)], samplers=[sampler], logits_processors=[processors]
+            [tokens], [min(budget, room)], samplers=[sampler], logits_processors=[processors], **prompt.extra
         )
         self._uids[request_id] = uid
         self._streams[uid] = AnswerStream(
@@ -347,10 +363,10 @@ class MlxEngine(MlxBase):
 
     def _score(self, request_id: str, scoring: _Scoring, out: list[StreamEvents]) -> None:
         """One more chunk of a prompt; at its end the answer is begun."""
-        tokens, at = scoring.tokens, scoring.at
+        tokens, at = scoring.prompt.tokens, scoring.at
         if at == 0:
             scoring.entries.append(self._words.entry(tokens[0], None))
-        chunk = tokens[at : at + _PREFILL_TOKENS]
+        chunk = tokens[at : at + PREFILL_TOKENS]
         logits = self._model(mx.array([chunk]), cache=scoring.cache)[0]
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         for row, following in enumerate(tokens[at + 1 : at + 1 + len(chunk)]):
@@ -362,7 +378,7 @@ class MlxEngine(MlxBase):
         text = self._prompt_text(scoring.request, tokens)
         events: list[Event] = [PromptEcho(text=text, tokens=scoring.entries)]
         try:
-            events += self._insert(request_id, scoring.request, tokens, scoring.started)
+            events += self._insert(request_id, scoring.request, scoring.prompt, scoring.started)
         except MlxRouterError as error:
             events.append(failure_of(error))
         out.append(StreamEvents(request_id=request_id, events=events))

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 _ENGINES = {
     "mlx": ("mlx_router_worker.mlx_engine", "MlxEngine"),
     "embed": ("mlx_router_worker.mlx_embedding", "EmbeddingEngine"),
+    "encode": ("mlx_router_worker.vlm_encoders", "EncoderEngine"),
+    "rerank": ("mlx_router_worker.vlm_encoders", "RerankEngine"),
+    "vlm": ("mlx_router_worker.vlm_engine", "VisionEngine"),
     "tokenizer": ("mlx_router_worker.tokenizer_engine", "TokenizerEngine"),
     "fake": ("mlx_router_worker.fake_engine", "FakeEngine"),
 }

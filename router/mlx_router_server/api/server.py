@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from mlx_router_server.api.response_store import ResponseStore
 from mlx_router_server.catalogue.catalogue import Catalogue, Sources
-from mlx_router_server.catalogue.entry import Capability, ModelEntry
+from mlx_router_server.catalogue.entry import Capability, ModelEntry, install_command
 from mlx_router_server.catalogue.names import parse_name
 from mlx_router_server.dialects.call import Need, Needs
 from mlx_router_server.lifecycle.keepalive import KeepAlive
@@ -103,6 +103,8 @@ class Server:
 
     def plan(self, entry: ModelEntry) -> LoadPlan:
         """How this model would be loaded; what was measured of it before corrects the estimate."""
+        if entry.files.unusable:
+            raise UnsupportedCapability(entry.files.unusable, param="model")
         said = self._model_settings(entry)
         context = said.context_length if said.context_length is not None else self.settings.context_length
         parallel = max(self.settings.parallel, 1)
@@ -157,6 +159,8 @@ class Server:
         for capability, need in needs.items():
             if capability.value not in entry.files.capabilities:
                 sentence = need.sentence.format(name=requested, full=entry.name.full)
+                if capability is Needs.VISION and entry.files.extra:
+                    sentence += f" here; an extra is missing: {install_command(entry.files.extra)}"
                 raise UnsupportedCapability(sentence, param=need.param)
 
     def view(self, entry: ModelEntry) -> ModelView | None:

@@ -10,7 +10,7 @@ from typing import Final
 from mlx_router_server.catalogue.cache_size import CacheSize
 from mlx_router_server.catalogue.names import ModelName
 
-__all__ = ["Capability", "Estimate", "ModelEntry", "ModelFiles"]
+__all__ = ["Capability", "Estimate", "ModelEntry", "ModelFiles", "install_command"]
 
 # A process with mlx-lm imported and a tokenizer loaded, measured: 75 MB and some.
 _PROCESS_BYTES: Final = 120 * 2**20
@@ -52,8 +52,22 @@ class ModelFiles:
     """``model_info`` of ``/api/show``."""
     template: str = ""
     license: str = ""
+    extra: str = ""
+    """The optional extra that brings what this model can do beyond ``capabilities``, where it is not installed."""
     parameters_text: str = ""
     """The author's sampling defaults, as lines of a Modelfile."""
+
+    @property
+    def unusable(self) -> str:
+        """How to make it usable, in one sentence; empty when it is."""
+        if self.extra and self.engine in ("encode", "rerank"):
+            return f"this model needs an extra that is not installed: {install_command(self.extra)}"
+        return ""
+
+
+def install_command(extra: str) -> str:
+    """What a user types to get it."""
+    return f"pip install 'mlx-router-server[{extra}]'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,15 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from mlx_router_server.catalogue.architectures import servable_architectures
+from mlx_router_server.catalogue.architectures import (
+    ENCODERS,
+    has_vlm,
+    servable_architectures,
+    vision_architectures,
+)
 from mlx_router_server.catalogue.cache_size import CacheSize, estimate_cache, work_space
 from mlx_router_server.catalogue.entry import Capability, ModelFiles
-from mlx_router_server.catalogue.safetensors import WeightFacts, read_weights
+from mlx_router_server.catalogue.safetensors import WeightFacts, list_tensors, read_weights
 from mlx_router_shared.infill import infill_format
 
 __all__ = ["NotServable", "inspect_folder"]
@@ -52,7 +57,8 @@ def inspect_folder(folder: Path) -> ModelFiles:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise NotServable("config.json names no model_type")
-    if model_type not in servable_architectures():
+    sees = "vision_config" in config and model_type in vision_architectures()
+    if model_type not in servable_architectures() and model_type not in ENCODERS and not sees:
         raise NotServable(f"mlx-lm has no architecture {model_type!r}")
     if "model_file" in config:
         raise NotServable("it wants to run code of its own")
@@ -69,9 +75,11 @@ def inspect_folder(folder: Path) -> ModelFiles:
     template = _chat_template(folder)
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
-    capabilities = _capabilities(folder, template)
+    engine, capabilities = _kind(folder, template, config, weight_files, sees)
+    wants_extra = not has_vlm() and ("vision_config" in config or model_type in ENCODERS)
     return ModelFiles(
-        engine="embed" if Capability.EMBEDDING in capabilities else "mlx",
+        engine=engine,
+        extra=("encoders" if model_type in ENCODERS else "vision") if wants_extra else "",
         size_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         weights_bytes=weights.bytes,
         digest=_digest(folder, weight_files),
@@ -161,6 +169,33 @@ def _chat_template(folder: Path) -> str:
         if isinstance(template, str):
             return template
     return ""
+
+
+def _kind(
+    folder: Path, template: str, config: dict[str, Any], weight_files: list[Path], sees: bool
+) -> tuple[str, frozenset[Capability]]:
+    """Which engine runs it, and what it can do; its content tells."""
+    if config["model_type"] in ENCODERS:
+        classes = config.get("architectures")
+        if any(str(name).endswith("ForSequenceClassification") for name in _list(classes)):
+            if _labels(weight_files) != 1:
+                raise NotServable("it is a classifier, and only those with one label rank documents")
+            return "rerank", frozenset({Capability.RERANK})
+        return "encode", frozenset({Capability.EMBEDDING})
+    capabilities = _capabilities(folder, template)
+    if Capability.EMBEDDING in capabilities:
+        return "embed", capabilities
+    return ("vlm", capabilities | {Capability.VISION}) if sees else ("mlx", capabilities)
+
+
+def _labels(weight_files: list[Path]) -> int:
+    """The rows of a classifier's last layer: what a configuration says of them is often missing."""
+    for folder in {path.parent for path in weight_files}:
+        for tensor in list_tensors(folder):
+            shape = tensor["shape"]
+            if tensor["name"] in ("classifier.weight", "classifier.out_proj.weight") and isinstance(shape, list):
+                return int(shape[0])
+    return 0
 
 
 def _capabilities(folder: Path, template: str) -> frozenset[Capability]:

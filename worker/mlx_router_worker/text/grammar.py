@@ -16,7 +16,8 @@ __all__ = ["Follower", "Grammars"]
 
 # What brings a JSON text to its end soonest, best first; anything else only where none of these may stand.
 _CLOSERS: Final = ("}", "]", '"', ",", ":", "0")
-_QUOTE, _BACKSLASH = b'"'[0], b"\\"[0]
+_QUOTE: Final = b'"'[0]
+_BACKSLASH: Final = b"\\"[0]
 _LONGEST_WAY_OUT: Final = 512
 
 Mask = NDArray[np.bool_]

@@ -26,6 +26,8 @@ __all__ = ["AllBut", "Allowed", "Guide", "Markers", "as_mask"]
 # A constrained model that repeats itself will not come to an end by itself.
 _MOST_EQUAL_TOKENS: Final = 30
 _LEAST_ANSWER: Final = 16  # tokens beyond the shortest answer that thinking leaves
+# One token can open a block and a name in it (`{"`): what has to be closed then, and the token itself.
+_MOST_GROWTH: Final = 8
 _LOOK_FOR_WAY_OUT: Final = 256  # tokens left, from where on the way out is measured
 
 
@@ -260,10 +262,10 @@ class Guide:
             self._closing = self.cut = True
         elif self._left <= self._look_at:
             needed = follower.way_out() + len(self._markers.call_end) + 1
-            if self._left <= needed + 1:
+            if self._left <= needed + _MOST_GROWTH:
                 self._closing = self.cut = True
             # The way out grows as blocks are opened: look again before it could have outgrown what is left.
-            self._look_at = self._left - max((self._left - needed) // 8, 1)
+            self._look_at = self._left - max((self._left - needed) // _MOST_GROWTH, 1)
 
 
 def as_mask(allowed: Allowed, size: int) -> Mask | None:

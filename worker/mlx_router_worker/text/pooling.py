@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Pooling", "batches", "finished", "read_pooling"]
+__all__ = ["Kind", "Pooling", "batches", "finished", "read_pooling"]
 
-Kind = Literal["lasttoken", "mean", "cls"]
+Kind = Literal["lasttoken", "mean", "cls", "max"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ def _kind(config: dict[str, Any], default: Kind) -> Kind:
         "pooling_mode_lasttoken": "lasttoken",
         "pooling_mode_mean_tokens": "mean",
         "pooling_mode_cls_token": "cls",
+        "pooling_mode_max_tokens": "max",
     }
     said = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
     if not said:

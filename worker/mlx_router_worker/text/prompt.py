@@ -82,7 +82,9 @@ def merge_system(messages: list[Message]) -> list[Message]:
         last = merged[-1] if merged else None
         plain = not message.tool_calls and message.role is not Role.TOOL
         if last is not None and plain and last.role is message.role and not last.tool_calls:
-            merged[-1] = Message(role=message.role, content=f"{last.content}\n\n{message.content}")
+            merged[-1] = Message(
+                role=message.role, content=f"{last.content}\n\n{message.content}", images=last.images + message.images
+            )
         else:
             merged.append(message)
     return merged

@@ -79,6 +79,9 @@ class PromptRenderer:
             )
         return list(tokens)
 
+    def _template_messages(self, messages: list[Message]) -> list[dict[str, Any]]:
+        return template_messages(messages)
+
     def _chat(self, request: GenerationRequest, messages: list[Message], *, tokenize: bool) -> Any:
         if not self._tokenizer.has_chat_template:
             raise UnsupportedCapability("this model has no chat template; it can only complete text")
@@ -92,10 +95,10 @@ class PromptRenderer:
         if request.thinking_effort is not None:
             arguments["reasoning_effort"] = request.thinking_effort
         try:
-            return self._tokenizer.apply_chat_template(template_messages(messages), **arguments)
+            return self._tokenizer.apply_chat_template(self._template_messages(messages), **arguments)
         except Exception as first:  # templates raise whatever their authors chose
             try:
-                merged = template_messages(merge_system(messages))
+                merged = self._template_messages(merge_system(messages))
                 return self._tokenizer.apply_chat_template(merged, **arguments)
             except Exception:
                 raise InvalidRequest(f"the model's chat template refuses these messages: {first}") from first
