@@ -57,6 +57,7 @@ def _openai_messages(case: Conversation) -> list[dict[str, Any]]:
     return messages  # type: ignore[no-any-return]  # what json gives back is Any
 
 
+@pytest.mark.covers("T172")
 @pytest.mark.req("R41")
 def test_the_whole_script_through_the_ollama_client_at_once(ollama_client: Any) -> None:
     """Every answer word for word while all of them are generated in one batch."""

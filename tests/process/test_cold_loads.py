@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import anthropic
 import ollama
 import openai
 import pytest
@@ -16,17 +17,19 @@ import pytest
 from tests.support.fakes import fake_config
 from tests.support.http import call
 from tests.support.router import RouterProcess, running_router, wait_until
+from tests.support.sse import read_frames
 
 _SLOW_LOAD = {"load_seconds": 4.0, "tokens": 3}
 
 
+@pytest.mark.covers("O75", "O120", "O132")
 @pytest.mark.req("R19")
 def test_official_clients_with_a_short_read_timeout_survive_a_cold_start(home: Path) -> None:
     """The load takes more than twice as long as they wait for a byte."""
     with running_router(home, *fake_config(home, {"a": _SLOW_LOAD}, heartbeat_seconds=0.2)) as router:
         client = openai.OpenAI(base_url=f"{router.url}/v1", api_key="none", timeout=1.5, max_retries=0)
         messages: Any = [{"role": "user", "content": "go"}]
-        with client, ThreadPoolExecutor(2) as pool:
+        with client, ThreadPoolExecutor(4) as pool:
 
             def by_openai() -> str:
                 chunks = client.chat.completions.create(model="a", messages=messages, stream=True)
@@ -39,7 +42,16 @@ def test_official_clients_with_a_short_read_timeout_survive_a_cold_start(home: P
                 finally:
                     patient._client.close()
 
-            answers = [pool.submit(by_openai), pool.submit(by_ollama)]
+            def by_anthropic() -> str:
+                patient = anthropic.Anthropic(base_url=router.url, api_key="x", timeout=1.5, max_retries=0)
+                with patient, patient.messages.stream(model="a", max_tokens=10, messages=messages) as stream:
+                    return stream.get_final_text()
+
+            def by_responses() -> str:
+                with client.responses.stream(model="a", input="go") as stream:
+                    return stream.get_final_response().output_text
+
+            answers = [pool.submit(ask) for ask in (by_openai, by_ollama, by_anthropic, by_responses)]
             assert {future.result(30) for future in answers} == {"a:latest-1 a:latest-2 a:latest-3 "}
 
 
@@ -61,6 +73,20 @@ def test_a_sign_of_life_is_a_comment_or_an_empty_object_and_an_error_after_it_is
         for line in lines[:-1]:
             assert (line["message"], line["done"]) == ({"role": "assistant", "content": ""}, False)
         assert lines[-1] == {"error": "broken"}
+        router.wait_state("a", "backoff")
+        call(router, "POST", "/admin/models/a/unload")
+        messages = call(router, "POST", "/v1/messages", {**body, "max_tokens": 5})
+        assert messages.body.count(b'event: ping\ndata: {"type":"ping"}\n\n') >= 3
+        assert messages.body.endswith(
+            b'event: error\ndata: {"type":"error","error":{"type":"api_error","message":"broken"}}\n\n'
+        )
+        router.wait_state("a", "backoff")
+        call(router, "POST", "/admin/models/a/unload")
+        responses = call(router, "POST", "/v1/responses", {"model": "a", "input": "go", "stream": True})
+        assert responses.body.startswith(b"event: response.created\n")
+        assert responses.body.count(b": waiting\n\n") >= 3
+        (failed,) = [frame for frame in read_frames(responses.body) if frame.event == "response.failed"]
+        assert failed.data["response"]["error"] == {"code": "server_error", "message": "broken"}
 
 
 def test_a_load_that_is_quick_gets_no_sign_of_life_and_its_errors_their_status(home: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.meta.test_app import _INFERENCE
+from tests.process.test_names import _TELLS, body_for
 from tests.support.fakes import fake_config
 from tests.support.router import running_router
 
@@ -15,8 +16,8 @@ from tests.support.router import running_router
 @pytest.mark.parametrize("path", sorted(_INFERENCE))
 def test_a_cold_model_is_loaded_by_every_inference_route(home: Path, path: str) -> None:
     with running_router(home, *fake_config(home, {"a": {"tokens": 2}})) as router:
-        body = {"model": "a", "prompt": "go", "messages": [{"role": "user", "content": "go"}], "stream": False}
-        assert "a:latest-1 a:latest-2 " in str(router.client.post(path, body))
+        answer = str(router.client.post(path, body_for(path, model="a")))
+        assert ("a:latest-1 a:latest-2 " in answer) == _TELLS[path]
         assert router.model("a")["loads"] == 1
 
 
@@ -24,7 +25,7 @@ def test_a_cold_model_is_loaded_by_every_inference_route(home: Path, path: str) 
 @pytest.mark.parametrize("path", sorted(_INFERENCE))
 def test_without_on_demand_a_cold_model_is_not_found(home: Path, path: str) -> None:
     with running_router(home, *fake_config(home, {"a": {"tokens": 2}}, on_demand=False)) as router:
-        body = {"model": "a", "prompt": "go", "messages": [{"role": "user", "content": "go"}]}
+        body = body_for(path, model="a")
         with pytest.raises(Exception, match="on_demand is off"):
             router.client.post(path, body)
         assert router.client.get("/api/tags") == {"models": []}

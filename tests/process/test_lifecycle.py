@@ -32,6 +32,7 @@ def test_fifty_cold_requests_share_one_load(home: Path) -> None:
         assert sum("event=loading" in line for line in router.lines) == 1
 
 
+@pytest.mark.covers("T179")
 @pytest.mark.req("R7")
 def test_a_load_goes_on_when_its_first_caller_leaves(home: Path) -> None:
     with running_router(home, *fake_config(home, {"a": {"load_seconds": 1.0, "tokens": 3}})) as router:
@@ -63,6 +64,7 @@ def _break_off(url: str, model: str) -> None:
         connection.sendall(head + body)
 
 
+@pytest.mark.covers("T174")
 @pytest.mark.req("R12", "R13")
 def test_two_models_that_both_fit_are_loaded_side_by_side(home: Path) -> None:
     scripts = {"a": {"tokens": 2, "memory_bytes": 1_000_000}, "b": {"tokens": 2, "memory_bytes": 1_000_000}}
@@ -87,6 +89,7 @@ def test_the_model_that_does_not_fit_takes_the_place_of_an_idle_one(home: Path) 
         assert [eviction["model"] for eviction in swap["evictions"]] == ["a:latest"]
 
 
+@pytest.mark.covers("T182")
 @pytest.mark.req("R13")
 def test_a_model_that_can_never_fit_is_refused_and_evicts_nothing(home: Path) -> None:
     scripts = {"a": {"memory_bytes": 1_000_000}, "big": {"memory_bytes": 9_000_000}}
@@ -98,6 +101,7 @@ def test_a_model_that_can_never_fit_is_refused_and_evicts_nothing(home: Path) ->
         assert router.model("a")["pid"] == pid
 
 
+@pytest.mark.covers("T173")
 @pytest.mark.req("R10")
 def test_a_swap_waits_for_the_running_stream(home: Path) -> None:
     scripts = {"a": {"tokens": 100, "tokens_per_second": 100}, "b": {"tokens": 2}}
@@ -140,6 +144,7 @@ def test_keep_alive_ends_an_idle_model_on_time(home: Path) -> None:
         assert router.children() == []
 
 
+@pytest.mark.covers("T060")
 def test_an_unload_during_a_stream_lets_the_stream_finish(home: Path) -> None:
     with running_router(home, *fake_config(home, {"a": {"tokens": 60, "tokens_per_second": 100}})) as router:
         stream = router.client.stream("/api/generate", {"model": "a", "prompt": "go"})
@@ -152,14 +157,21 @@ def test_an_unload_during_a_stream_lets_the_stream_finish(home: Path) -> None:
         router.wait_state("a", "unloaded")
 
 
+@pytest.mark.covers("T175", "T149", "O126")
 def test_a_full_queue_answers_503_with_retry_after(home: Path) -> None:
     scripts = {"a": {"load_seconds": 1.0, "tokens": 2}}
     with running_router(home, *fake_config(home, scripts, max_queue=1)) as router, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(router.generate, "a")
         wait_until(lambda: router.model("a")["queued"] == 1, "the first waits")
-        for path, prompt in (("/api/generate", {"prompt": "go"}), ("/v1/completions", {"prompt": "go"})):
-            refused = call(router, "POST", path, {"model": "a", **prompt})
-            assert refused.status == 503
+        for path, status, kind in (
+            ("/api/generate", 503, None), ("/v1/completions", 503, "api_error"), ("/v1/embeddings", 503, "api_error"),
+            ("/v1/messages", 529, "overloaded_error"),
+        ):  # fmt: skip
+            body = {"model": "a", "prompt": "go", "input": "go", "max_tokens": 5,
+                    "messages": [{"role": "user", "content": "go"}]}  # fmt: skip
+            refused = call(router, "POST", path, body)
+            assert refused.status == status
+            assert kind is None or refused.json()["error"]["type"] == kind
             assert int(refused.headers["retry-after"]) >= 1
             assert b"server busy, please try again.  maximum pending requests exceeded" in refused.body
         assert waiting.result(timeout=20)["done"] is True

@@ -106,6 +106,7 @@ def test_positions_and_priorities_are_visible_and_hold(home: Path) -> None:
         assert order == ["high", "normal", "low"]
 
 
+@pytest.mark.covers("T176")
 @pytest.mark.req("R52")
 def test_the_limit_counts_who_waits_for_a_loaded_model_too(home: Path) -> None:
     arguments = fake_config(home, {"a": _BUSY}, parallel=1, max_queue=1)
@@ -170,6 +171,7 @@ def test_two_clients_that_take_turns_do_not_reload_on_each_call(home: Path) -> N
         assert router.model("a")["loads"] + router.model("b")["loads"] <= 12
 
 
+@pytest.mark.covers("T180")
 @pytest.mark.req("R44")
 def test_a_steady_stream_to_a_warm_model_does_not_starve_another(home: Path) -> None:
     scripts: dict[str, dict[str, Any]] = {"a": {"tokens": 20, "tokens_per_second": 100}, "b": _QUICK}

@@ -35,6 +35,7 @@ def test_sigterm_refuses_who_waits_and_lets_run_what_runs(home: Path) -> None:
     router.stop()
 
 
+@pytest.mark.covers("O133")
 def test_a_second_signal_hastens_and_leaves_nothing(home: Path) -> None:
     router = RouterProcess(home, fake_config(home, {"a": _ENDLESS}, drain_timeout_seconds=300))
     stream = router.client.stream("/api/generate", {"model": "a", "prompt": "go"})
@@ -111,6 +112,7 @@ def test_preloaded_models_come_in_the_background_in_their_order_and_evict_nobody
         assert router.generate("third")["done"] is True, "on demand it is loaded all the same"
 
 
+@pytest.mark.covers("T181")
 def test_a_pinned_model_stays_is_not_evicted_and_not_unloaded_by_clients(home: Path) -> None:
     scripts = {"a": {"tokens": 2}, "b": {"tokens": 2}}
     with running_router(home, *fake_config(home, scripts, max_loaded_models=1, keep_alive="200ms")) as router:

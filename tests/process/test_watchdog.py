@@ -21,13 +21,19 @@ _STALL = {"stall_timeout_seconds": 1.0, "stop_timeout_seconds": 5.0}
 
 @pytest.mark.req("R46")
 @pytest.mark.parametrize(
-    ("path", "mark"), [("/api/generate", b'{"error":"'), ("/v1/chat/completions", b'data: {"error":{')]
+    ("path", "mark"),
+    [
+        ("/api/generate", b'{"error":"'),
+        ("/v1/chat/completions", b'data: {"error":{'),
+        ("/v1/messages", b"event: error\n"),
+    ],
 )
 def test_a_worker_that_stops_producing_is_ended_and_its_streams_are_told(home: Path, path: str, mark: bytes) -> None:
     """Its socket thread goes on answering: only the engine's progress tells."""
     arguments = fake_config(home, {"a": {"hang_at": "generate", "at_token": 3}, "b": {"tokens": 2}}, **_STALL)
     with running_router(home, *arguments) as router:
-        body = {"model": "a", "prompt": "go", "messages": [{"role": "user", "content": "go"}], "stream": True}
+        body = {"model": "a", "prompt": "go", "messages": [{"role": "user", "content": "go"}], "stream": True,
+                "max_tokens": 100}  # fmt: skip
         reply = call(router, "POST", path, body)
         assert b"a:latest-2" in reply.body
         assert mark in reply.body

@@ -12,6 +12,7 @@ answer (sampling, grammars, tools, thinking, log probabilities) is the same code
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections import deque
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from PIL import Image
 
 from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, UnsupportedCapability
 from mlx_router_shared.generation import GenerationRequest, Message
-from mlx_router_shared.protocol import Load, ModelFacts
+from mlx_router_shared.protocol import Load
 from mlx_router_worker.engine import Report
 from mlx_router_worker.mlx_engine import PREFILL_TOKENS, MlxEngine, Prompt
 from mlx_router_worker.text.renderer import PromptRenderer, is_chat
@@ -105,20 +106,17 @@ class _Generator:
 class VisionEngine(MlxEngine):
     """Implements ``Engine`` for models that see."""
 
-    def load(self, load: Load, report: Report) -> ModelFacts:
-        return super().load(load, report)
-
-    def _load_weights(self, load_: Load, report: Report, *, strict: bool = True) -> dict[str, Any]:
-        self._apply_limits(load_.memory_limit_bytes, load_.cache_limit_bytes)
+    def _load_weights(self, order: Load, report: Report, *, strict: bool = True) -> dict[str, Any]:
+        self._apply_limits(order.memory_limit_bytes, order.cache_limit_bytes)
         started = time.perf_counter()
         report("weights", 0.0)
-        self._model, self._processor = load(load_.path)
-        config: dict[str, Any] = self._model.config.to_dict() if hasattr(self._model.config, "to_dict") else {}
+        self._model, self._processor = load(order.path)
+        config: dict[str, Any] = json.loads((Path(order.path) / "config.json").read_text(encoding="utf-8"))
         ends = self._processor.tokenizer.stopping_criteria.eos_token_ids
-        self._tokenizer = load_tokenizer(Path(load_.path), eos_token_ids=list(ends))
+        self._tokenizer = load_tokenizer(Path(order.path), eos_token_ids=list(ends))
         self._weights_bytes = self._evaluate(report)
         self._weights_seconds = time.perf_counter() - started
-        self._note_config(load_, config)
+        self._note_config(order, config)
         return config
 
     def _check_cache(self, config: dict[str, Any]) -> None:

@@ -197,6 +197,8 @@ async def embeddings(request: Request) -> Answer | Response:
     try:
         return await _embed(request, asked, render)
     except ModelNotFound:
+        if not server_of(request).settings.on_demand:
+            raise
         raise ModelNotFound(f'model "{asked.model}" not found, try pulling it first', param="model") from None
 
 

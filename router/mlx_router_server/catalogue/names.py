@@ -57,6 +57,8 @@ def parse_name(text: str) -> ModelName:
     text = text.strip()
     if len(text) > _LONGEST:
         raise _invalid()
+    if text.lower().endswith((":cloud:local", ":local:cloud")):
+        raise InvalidRequest(f'use either :local or :cloud, not both: "{text}"', param="model")
     path, tag = text, _DEFAULT_TAG
     # A colon after the last slash begins the tag; any other belongs to the host's port.
     colon = text.rfind(":")

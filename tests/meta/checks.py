@@ -1,0 +1,50 @@
+"""The checks of the two compatibility lists, and those that this server does not have to pass, with the reason.
+
+``T001`` to ``T190`` are those of Ollama's API, ``O1`` to ``O135`` those of OpenAI's and Anthropic's. A test says what
+it covers by ``@pytest.mark.covers("T001", "O3-O7")``; docs/conformance.md is rendered from here.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Final
+
+__all__ = ["ALL_CHECKS", "CLIENT_SUITES", "NOT_HERE", "covered_checks"]
+
+_MANAGEMENT: Final = "models are not managed over HTTP in this release"
+_KEYS: Final = "there are no keys in this release"
+
+ALL_CHECKS: Final = [*(f"T{n:03}" for n in range(1, 191)), *(f"O{n}" for n in range(1, 136))]
+NOT_HERE: Final = {
+    "T008": _MANAGEMENT,
+    **{f"T{number}": _MANAGEMENT for number in range(127, 137)},
+    "O18": _KEYS,
+}
+# Made by suites of their own, which install what they need: `make test-clients` and `make test-agents`.
+CLIENT_SUITES: Final = ("tests/clients", "tests/agents", "tests/extras")
+
+
+def _expand(text: str) -> list[str]:
+    match = re.fullmatch(r"([TO])(\d+)-\1(\d+)", text)
+    if match is None:
+        return [text]
+    width = 3 if match[1] == "T" else 1
+    return [f"{match[1]}{number:0{width}}" for number in range(int(match[2]), int(match[3]) + 1)]
+
+
+def covered_checks(root: Path) -> dict[str, list[str]]:
+    """The tests that cover each check, as ``path::name``; found in the source, so that nothing has to be imported."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((root / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                continue
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.covers":
+                    for argument in mark.args:
+                        assert isinstance(argument, ast.Constant), f"{path}: {node.name}"
+                        for check in _expand(str(argument.value)):
+                            found.setdefault(check, []).append(f"{path.relative_to(root)}::{node.name}")
+    return found
