@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CLIENTS := .venv-clients
+EXTRAS := .venv-extras
 # Installed once with everything that development needs; repeated when the project file changes.
 
-.PHONY: docs help setup run test test-slow soak check lint types imports format bench bench-swaps demo-model clean
+.PHONY: docs help setup run test test-clients test-extras test-slow soak check lint types imports format bench bench-swaps demo-model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +27,25 @@ test: $(INSTALLED) ## all tests that a change has to pass
 
 test-slow: $(INSTALLED) ## the long ones: many swaps of large models
 	$(BIN)/python -m pytest -m slow
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/requirements-litellm.txt tests/clients/package.json
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)/litellm
+	$(CLIENTS)/litellm/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements-litellm.txt
+	cd tests/clients && PATH="$(abspath $(CLIENTS))/bin:$$PATH" npm install --no-save --no-package-lock --ignore-scripts --no-fund --no-audit --loglevel error
+	touch $@
+
+test-clients: $(INSTALLED) $(CLIENTS)/.installed ## client programs of others, installed apart
+	$(BIN)/python -m pytest tests/clients
+
+$(EXTRAS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(EXTRAS)
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,encoders,vision]'
+	touch $@
+
+test-extras: $(EXTRAS)/.installed ## encoders, rerankers and vision, with the extras they need
+	$(EXTRAS)/bin/python -m pytest tests/extras
 
 soak: $(INSTALLED) ## ten minutes of chaos with real processes; MINUTES=10
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)

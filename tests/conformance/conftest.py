@@ -35,12 +35,12 @@ def fleet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if not (root / name / "made").exists():
                 make_random_model(root / name, size_bytes=1_000_000, seed=seed, **more)
                 if name == "embedder":
-                    _write_pooling(root / name)
+                    write_pooling(root / name)
                 (root / name / "made").touch()
     return root
 
 
-def _write_pooling(folder: Path) -> None:
+def write_pooling(folder: Path) -> None:
     """As sentence-transformers writes it beside a decoder that embeds."""
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},

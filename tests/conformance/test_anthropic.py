@@ -108,7 +108,7 @@ def test_errors_have_its_shape(fleet: RouterProcess, client: Any) -> None:
     with pytest.raises(anthropic.NotFoundError) as missing:
         client.messages.create(model="nosuch", max_tokens=5, messages=_user("hi"))
     assert missing.value.type == "not_found_error"
-    assert missing.value.request_id.startswith("req_")
+    assert str(missing.value.request_id).startswith("req_")
 
 
 @pytest.mark.covers("O15", "O106", "O123")

@@ -146,7 +146,8 @@ def test_embed(fleet: RouterProcess, client: Any) -> None:
         "embeddings"
     ]
     assert (len(cut), round(math.hypot(*cut), 3)) == (16, 1.0)
-    for bad in (5, [1, 2], {}, [None]):
+    wrong: tuple[Any, ...] = (5, [1, 2], {}, [None])
+    for bad in wrong:
         reply = call(fleet, "POST", "/api/embed", {"model": "embedder", "input": bad})
         assert (reply.status, reply.json()) == (400, {"error": "invalid input type"}), bad
     unknown = call(fleet, "POST", "/api/embed", {"model": "nosuch", "input": "x"})
@@ -155,7 +156,8 @@ def test_embed(fleet: RouterProcess, client: Any) -> None:
     assert call(fleet, "POST", "/api/embed", long).status == 200
     kept = call(fleet, "POST", "/api/embed", {**long, "truncate": False})
     assert (kept.status, kept.json()) == (400, {"error": "the input length exceeds the context length"})
-    for empty in (None, "", []):
+    nothing: tuple[Any, ...] = (None, "", [])
+    for empty in nothing:
         loaded = call(fleet, "POST", "/api/embed", {"model": "embedder", "input": empty, "keep_alive": 0})
         assert loaded.json() == {"model": "embedder", "embeddings": []}
     wait_until(lambda: fleet.model("embedder")["state"] == "unloaded", "it left")
@@ -355,7 +357,10 @@ def test_a_context_that_is_asked_for_bounds_the_request(fleet: RouterProcess) ->
 def test_options_never_reload(fleet: RouterProcess) -> None:
     _generate(fleet, prompt="")
     before = fleet.model("demo")["pid"]
-    for more in ({"options": {"num_ctx": 128}}, {"options": {"num_gpu": 0}}, {"think": False}, {"format": "json"},
-                 {"options": {"temperature": 2.0, "num_predict": 3}}):  # fmt: skip
+    changes: list[dict[str, Any]] = [
+        {"options": {"num_ctx": 128}}, {"options": {"num_gpu": 0}}, {"think": False}, {"format": "json"},
+        {"options": {"temperature": 2.0}},
+    ]  # fmt: skip
+    for more in changes:
         assert _generate(fleet, **{**more, "options": {"num_predict": 3, **more.get("options", {})}}).status == 200
     assert fleet.model("demo")["pid"] == before

@@ -221,7 +221,7 @@ def test_the_python_client_calls_a_tool_and_parses_a_format(fleet: RouterProcess
         assert parsed.output_parsed == Person(name="Ada Lovelace", age=36)
         with client.responses.stream(model="demo", input="Hello!") as plain:
             assert plain.get_final_response().output_text == GREETING
-        forced = client.responses.create(
+        forced: Any = client.responses.create(
             model="demo", input="Hello!", tools=tools,
             tool_choice={"type": "function", "name": "mcp__look"}, max_output_tokens=200,
         )  # fmt: skip

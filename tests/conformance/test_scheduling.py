@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def test_an_empty_name_and_odd_options(home: Path) -> None:
 
 @pytest.mark.covers("T178")
 def test_nothing_is_loaded_for_a_client_that_left_the_queue(home: Path) -> None:
-    scripts = {"a": {"tokens": 100, "tokens_per_second": 50}, "b": _OK}
+    scripts: dict[str, dict[str, Any]] = {"a": {"tokens": 100, "tokens_per_second": 50}, "b": _OK}
     with running_router(home, *fake_config(home, scripts, max_loaded_models=1)) as router:
         stream = router.client.stream("/api/generate", {"model": "a", "prompt": "go"})
         next(stream)
@@ -93,7 +94,10 @@ def _answers(router: RouterProcess) -> bool:
 
 @pytest.mark.covers("T188")
 def test_waiting_and_loading_are_in_the_load_duration(home: Path) -> None:
-    scripts = {"a": {"tokens": 50, "tokens_per_second": 50}, "b": {"load_seconds": 0.5, "tokens": 2}}
+    scripts: dict[str, dict[str, Any]] = {
+        "a": {"tokens": 50, "tokens_per_second": 50},
+        "b": {"load_seconds": 0.5, "tokens": 2},
+    }
     with running_router(home, *fake_config(home, scripts, max_loaded_models=1)) as router:
         stream = router.client.stream("/api/generate", {"model": "a", "prompt": "go"})
         next(stream)
@@ -119,21 +123,24 @@ def test_two_names_of_one_model_share_it(home: Path) -> None:
 @pytest.mark.covers("O127")
 def test_the_sdks_come_back_after_a_503(home: Path) -> None:
     """The only slot is taken for a moment and nobody may wait; the SDKs come back when they are told to."""
-    scripts = {"a": {"tokens": 30, "tokens_per_second": 30}, "b": _OK}
+    scripts: dict[str, dict[str, Any]] = {"a": {"tokens": 30, "tokens_per_second": 30}, "b": _OK}
     arguments = fake_config(home, scripts, max_loaded_models=1, busy_policy="fail")
     with (
         running_router(home, *arguments) as router,
         openai.OpenAI(base_url=f"{router.url}/v1", api_key="x", max_retries=5) as by_openai,
         anthropic.Anthropic(base_url=router.url, api_key="x", max_retries=5) as by_anthropic,
     ):
-        for name, ask in (
-            ("b", lambda m: by_openai.chat.completions.create(model=m, messages=_MESSAGES).choices[0].message.content),
-            ("a", lambda m: by_anthropic.messages.create(model=m, max_tokens=2, messages=_MESSAGES).content[0].text),
-        ):  # fmt: skip
+        openai_api: Any = by_openai
+        anthropic_api: Any = by_anthropic
+        asks: dict[str, Callable[[], Any]] = {
+            "b": lambda: openai_api.chat.completions.create(model="b", messages=_MESSAGES),
+            "a": lambda: anthropic_api.messages.create(model="a", max_tokens=2, messages=_MESSAGES),
+        }
+        for name, ask in asks.items():
             other = "a" if name == "b" else "b"
             stream = router.client.stream("/api/generate", {"model": other, "prompt": "go"})
             next(stream)
-            assert name in ask(name)
+            assert f"{name}:latest-1" in str(ask())
             list(stream)
 
 

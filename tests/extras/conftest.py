@@ -19,7 +19,9 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
 
     root: Path = tmp_path_factory.mktemp("extra-models")
     for kind in ("bert", "xlm-roberta", "modernbert"):
-        make_encoder(root / f"{kind}-mean", kind, pooling="mean", dtype="float16" if kind == "modernbert" else "float32")
+        make_encoder(
+            root / f"{kind}-mean", kind, pooling="mean", dtype="float16" if kind == "modernbert" else "float32"
+        )
         make_reranker(root / f"{kind}-reranker", kind)
     make_encoder(root / "bert-cls", "bert", pooling="cls", normalize=False)
     make_encoder(root / "bert-max", "bert", pooling="max")

@@ -19,7 +19,12 @@ _OPTIONS = {"temperature": 0, "num_predict": 12}
 
 def _chat(router: RouterProcess, images: list[str], text: str = "What do you see?", **more: Any) -> Reply:
     messages = [{"role": "user", "content": text, "images": images}]
-    return call(router, "POST", "/api/chat", {"model": "seer", "messages": messages, "stream": False, "options": _OPTIONS, **more})
+    return call(
+        router,
+        "POST",
+        "/api/chat",
+        {"model": "seer", "messages": messages, "stream": False, "options": _OPTIONS, **more},
+    )
 
 
 def _said(reply: Reply) -> str:
@@ -40,15 +45,23 @@ def test_an_image_on_all_three_apis_is_seen(router: RouterProcess) -> None:
     assert _said(_chat(router, [_RED])) == red
     counts = [_chat(router, images).json()["prompt_eval_count"] for images in ([], [_RED], [_RED, _BLUE])]
     assert counts[0] < counts[1] < counts[2]
-    parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_RED}"}}, {"type": "text", "text": "What do you see?"}]
+    parts = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_RED}"}},
+        {"type": "text", "text": "What do you see?"},
+    ]
     by_openai = call(router, "POST", "/v1/chat/completions",
                      {"model": "seer", "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 12})  # fmt: skip
     assert by_openai.json()["choices"][0]["message"]["content"] == red
     inputs = [{"role": "user", "content": [{"type": "input_image", "image_url": f"data:image/png;base64,{_RED}"},
                                            {"type": "input_text", "text": "What do you see?"}]}]  # fmt: skip
-    by_responses = call(router, "POST", "/v1/responses", {"model": "seer", "input": inputs, "temperature": 0, "max_output_tokens": 12})
+    by_responses = call(
+        router, "POST", "/v1/responses", {"model": "seer", "input": inputs, "temperature": 0, "max_output_tokens": 12}
+    )
     assert by_responses.json()["output"][0]["content"][0]["text"] == red
-    blocks = [{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": _RED}}, {"type": "text", "text": "What do you see?"}]
+    blocks = [
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": _RED}},
+        {"type": "text", "text": "What do you see?"},
+    ]
     by_anthropic = call(router, "POST", "/v1/messages",
                         {"model": "seer", "messages": [{"role": "user", "content": blocks}], "temperature": 0, "max_tokens": 12})  # fmt: skip
     assert by_anthropic.json()["content"][0]["text"] == red
@@ -66,13 +79,20 @@ def test_many_at_once_answer_as_they_would_alone(router: RouterProcess) -> None:
 
 
 def test_everything_else_of_an_answer_is_as_with_text(router: RouterProcess) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     held = _said(_chat(router, [_RED], format=schema, options={"num_predict": 40, "temperature": 1.0, "seed": 3}))
     assert isinstance(json.loads(held)["a"], int)
     scored = _chat(router, [_RED], logprobs=True, top_logprobs=2).json()
     assert "".join(entry["token"] for entry in scored["logprobs"]) == scored["message"]["content"]
     assert all(entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2 for entry in scored["logprobs"])
-    seeded = [_said(_chat(router, [_RED], options={"num_predict": 12, "seed": 5, "temperature": 2.0})) for _ in range(2)]
+    seeded = [
+        _said(_chat(router, [_RED], options={"num_predict": 12, "seed": 5, "temperature": 2.0})) for _ in range(2)
+    ]
     assert seeded[0] == seeded[1]
 
 
@@ -102,5 +122,7 @@ def test_a_picture_is_too_large_before_it_is_unpacked(router: RouterProcess) -> 
 
 def test_addresses_are_not_fetched(router: RouterProcess) -> None:
     parts = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}]
-    reply = call(router, "POST", "/v1/chat/completions", {"model": "seer", "messages": [{"role": "user", "content": parts}]})
+    reply = call(
+        router, "POST", "/v1/chat/completions", {"model": "seer", "messages": [{"role": "user", "content": parts}]}
+    )
     assert (reply.status, "not currently supported" in reply.json()["error"]["message"]) == (400, True)

@@ -13,14 +13,30 @@ import textwrap
 from pathlib import Path
 from typing import Any, get_args
 
+from mlx_router_server.dialects import anthropic_requests, ollama_requests, openai_requests, responses_requests
+from mlx_router_server.dialects.options import HONOURED_OPTIONS, IGNORED_OPTIONS
 from mlx_router_server.lifecycle.states import TRANSITIONS, State
 from mlx_router_server.settings import CONFIG_VERSION, describe_settings
 from mlx_router_shared import generation, protocol
+from tests.meta.checks import ALL_CHECKS, NOT_HERE, covered_checks
 from tests.meta.requirements import LATER, REQUIREMENTS, marked_tests
 
-__all__ = ["EXAMPLE", "ROOT", "main", "render", "rendered_documents"]
+__all__ = ["EXAMPLE", "FIELD_RULES", "ROOT", "main", "render", "rendered_documents"]
 
 ROOT = Path(__file__).parents[2]
+FIELD_RULES = (
+    ollama_requests.CHAT_FIELDS,
+    ollama_requests.GENERATE_FIELDS,
+    ollama_requests.EMBED_FIELDS,
+    ollama_requests.EMBEDDINGS_FIELDS,
+    openai_requests.CHAT_FIELDS,
+    openai_requests.COMPLETION_FIELDS,
+    responses_requests.RESPONSE_FIELDS,
+    openai_requests.EMBEDDING_FIELDS,
+    openai_requests.RERANK_FIELDS,
+    anthropic_requests.MESSAGE_FIELDS,
+    anthropic_requests.COUNT_FIELDS,
+)
 EXAMPLE = ROOT / "configs" / "mlx-router.example.toml"
 _PART = re.compile(r"(<!-- rendered: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -82,6 +98,33 @@ def _requirements() -> str:
         later = " (a later release)" if number in LATER else ""
         names = "<br>".join(f"`{name.removeprefix('tests/')}`" for name in tests.get(number, []))
         lines.append(f"| {number} | {text}{later} | {names} |")
+    return "\n".join(lines) + "\n"
+
+
+def _fields() -> str:
+    lines = []
+    for rules in FIELD_RULES:
+        lines += [f"## {rules.route}", "", "| field | rule | |", "|---|---|---|"]
+        lines += [f"| `{name}` | honoured | {rules.notes.get(name, '')} |" for name in rules.honoured]
+        lines += [f"| `{name}` | ignored | {why} |" for name, why in rules.ignored.items()]
+        lines += [f"| `{name}` | refused | {why} |" for name, why in rules.refused.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _options() -> str:
+    lines = ["| option | rule |", "|---|---|"]
+    lines += [f"| `{name}` | honoured |" for name in sorted(HONOURED_OPTIONS)]
+    lines += [f"| `{name}` | ignored: it has no meaning with MLX |" for name in sorted(IGNORED_OPTIONS)]
+    return "\n".join(lines) + "\n"
+
+
+def _conformance() -> str:
+    tests = covered_checks(ROOT)
+    lines = ["| check | tests, or why it does not apply |", "|---|---|"]
+    for check in ALL_CHECKS:
+        names = "<br>".join(f"`{name.removeprefix('tests/')}`" for name in tests.get(check, []))
+        lines.append(f"| {check} | {names or NOT_HERE.get(check, '')} |")
     return "\n".join(lines) + "\n"
 
 
@@ -149,8 +192,15 @@ def render(name: str) -> str:
         "bootstrap": lambda: _structs(protocol.Bootstrap),
         "events": lambda: _structs(generation.StreamEvents, *get_args(generation.Event), generation.TokenLogprob),
         "request": lambda: _structs(
-            generation.GenerationRequest, generation.Message, generation.ToolCall, generation.Tool, generation.Sampling
+            *get_args(generation.Request),
+            generation.Message,
+            generation.ToolCall,
+            generation.Tool,
+            generation.Sampling,
         ),
+        "fields": _fields,
+        "options": _options,
+        "conformance": _conformance,
         "states": _states,
         "requirements": _requirements,
         "settings": _settings,

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from mlx_router_server.app import create_app
 from mlx_router_server.settings import Settings
 
-_INFERENCE = {
+INFERENCE_ROUTES = {
     "/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
     "/api/embed", "/api/embeddings", "/v1/embeddings", "/v1/rerank", "/api/rerank",
 }  # fmt: skip
@@ -50,4 +50,4 @@ def test_twenty_lives_in_one_interpreter(tmp_path: Path) -> None:
 def test_every_route_is_known_to_the_tests_as_inference_or_not() -> None:
     """A new route has to be put into one of the two lists, and an inference route is then tested for a cold load."""
     routes = {route.path for route in create_app(Settings()).routes if isinstance(route, Route)}
-    assert routes == _INFERENCE | _OTHER
+    assert routes == INFERENCE_ROUTES | _OTHER

@@ -11,11 +11,15 @@ import pytest
 
 from mlx_router_server.app import create_app
 from mlx_router_server.cli.main import build_parser
+from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.settings import Settings, describe_settings, load_settings
 from mlx_router_server.version import __version__
-from tests.meta.render_docs import EXAMPLE, ROOT, rendered_documents
+from tests.meta.checks import ALL_CHECKS, NOT_HERE, covered_checks
+from tests.meta.render_docs import EXAMPLE, FIELD_RULES, ROOT, rendered_documents
+from tests.meta.test_app import INFERENCE_ROUTES
 
 _DOCUMENTS = rendered_documents()
+_CHECKS = covered_checks(ROOT)
 
 
 @pytest.mark.parametrize("path", sorted(_DOCUMENTS), ids=lambda path: path.name)
@@ -25,7 +29,31 @@ def test_rendered_parts_are_up_to_date(path: Path) -> None:
 
 def test_the_documents_with_rendered_parts_are_there() -> None:
     names = {path.name for path in _DOCUMENTS}
-    assert names == {"protocol.md", "states.md", "settings.md", "requirements.md", EXAMPLE.name}
+    assert names == {
+        "protocol.md", "states.md", "settings.md", "requirements.md", "fields.md", "conformance.md", EXAMPLE.name,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", FIELD_RULES, ids=lambda rules: rules.route)
+def test_each_field_has_one_rule(rules: FieldRules) -> None:
+    groups = [set(rules.honoured), set(rules.ignored), set(rules.refused)]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+    assert set(rules.notes) <= groups[0], "a note is about a field that is honoured"
+
+
+def test_each_route_with_a_body_has_rules_for_its_fields() -> None:
+    paths = {path for rules in FIELD_RULES for path in re.findall(r"/[\w/]+", rules.route)}
+    assert paths >= INFERENCE_ROUTES
+
+
+@pytest.mark.parametrize("check", ALL_CHECKS)
+def test_each_check_of_the_lists_has_a_test_or_a_reason(check: str) -> None:
+    covered = _CHECKS.get(check, [])
+    assert bool(covered) != (check in NOT_HERE), f"{check}: {covered or NOT_HERE.get(check, 'neither')}"
+
+
+def test_each_mark_names_a_check() -> None:
+    assert set(_CHECKS) <= set(ALL_CHECKS)
 
 
 def test_the_example_configuration_holds_every_setting_at_its_default() -> None:
@@ -42,7 +70,7 @@ def test_the_change_log_knows_this_version() -> None:
 def test_the_readme_lists_every_route() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for route in create_app(Settings()).routes:
-        path = getattr(route, "path", "").replace("{name:path}", "{name}")
+        path = getattr(route, "path", "").replace(":path}", "}")
         assert f"`{path}`" in text, path
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.meta.test_app import _INFERENCE
+from tests.meta.test_app import INFERENCE_ROUTES
 from tests.process.test_names import _TELLS, body_for
 from tests.support.fakes import fake_config
 from tests.support.router import running_router
 
 
 @pytest.mark.req("R1", "R2")
-@pytest.mark.parametrize("path", sorted(_INFERENCE))
+@pytest.mark.parametrize("path", sorted(INFERENCE_ROUTES))
 def test_a_cold_model_is_loaded_by_every_inference_route(home: Path, path: str) -> None:
     with running_router(home, *fake_config(home, {"a": {"tokens": 2}})) as router:
         answer = str(router.client.post(path, body_for(path, model="a")))
@@ -22,7 +22,7 @@ def test_a_cold_model_is_loaded_by_every_inference_route(home: Path, path: str) 
 
 
 @pytest.mark.req("R21")
-@pytest.mark.parametrize("path", sorted(_INFERENCE))
+@pytest.mark.parametrize("path", sorted(INFERENCE_ROUTES))
 def test_without_on_demand_a_cold_model_is_not_found(home: Path, path: str) -> None:
     with running_router(home, *fake_config(home, {"a": {"tokens": 2}}, on_demand=False)) as router:
         body = body_for(path, model="a")

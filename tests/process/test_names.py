@@ -8,12 +8,12 @@ from typing import Any
 import openai
 import pytest
 
-from tests.meta.test_app import _INFERENCE
+from tests.meta.test_app import INFERENCE_ROUTES
 from tests.support.fakes import fake_config, write_fake
 from tests.support.http import call
 from tests.support.router import RouterProcess, running_router, write_config
 
-_ROUTES = sorted(_INFERENCE)
+_ROUTES = sorted(INFERENCE_ROUTES)
 _BODY: dict[str, Any] = {
     "prompt": "go", "messages": [{"role": "user", "content": "go"}], "input": "go", "query": "go",
     "documents": ["go"], "max_tokens": 5, "stream": False,

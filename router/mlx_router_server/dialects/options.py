@@ -12,7 +12,7 @@ from typing import Any, Final
 from mlx_router_shared.errors import InvalidRequest
 from mlx_router_shared.generation import Sampling
 
-__all__ = ["OLLAMA_DEFAULTS", "Options", "parse_options"]
+__all__ = ["HONOURED_OPTIONS", "IGNORED_OPTIONS", "OLLAMA_DEFAULTS", "Options", "parse_options"]
 
 OLLAMA_DEFAULTS: Final = Sampling(
     temperature=0.8, top_k=40, top_p=0.9, min_p=0.0, repeat_penalty=1.0, repeat_last_n=64,
@@ -55,7 +55,7 @@ _FLOATS: Final = frozenset(
 _BOOLEANS: Final = frozenset(
     ["use_mmap", "numa", "low_vram", "f16_kv", "logits_all", "vocab_only", "use_mlock", "penalize_newline"]
 )
-_HONOURED: Final = frozenset(
+HONOURED_OPTIONS: Final = frozenset(
     [
         "num_ctx",
         "num_predict",
@@ -71,6 +71,9 @@ _HONOURED: Final = frozenset(
         "stop",
     ]
 )
+
+IGNORED_OPTIONS: Final = (_INTEGERS | _FLOATS | _BOOLEANS) - HONOURED_OPTIONS
+"""Those that Ollama knows, or knew, and that mean nothing to MLX."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +95,7 @@ def parse_options(options: dict[str, Any]) -> Options:
         if value is None:
             continue
         checked = _check(name, value)
-        if name in _HONOURED:
+        if name in HONOURED_OPTIONS:
             values[name] = checked
         else:
             ignored.append(name)
