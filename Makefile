@@ -7,7 +7,7 @@ CLIENTS := .venv-clients
 EXTRAS := .venv-extras
 # Installed once with everything that development needs; repeated when the project file changes.
 
-.PHONY: docs help setup run test test-clients test-extras test-slow soak check lint types imports format bench bench-swaps demo-model clean
+.PHONY: docs help setup run test test-clients test-extras test-slow soak fuzz check lint types imports format bench bench-swaps demo-model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ test-extras: $(EXTRAS)/.installed ## encoders, rerankers and vision, with the ex
 
 soak: $(INSTALLED) ## ten minutes of chaos with real processes; MINUTES=10
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)
+
+fuzz: $(INSTALLED) ## random and nearly right requests on every route; MINUTES=5
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),5)
 
 check: lint types imports test ## what the continuous integration runs
 

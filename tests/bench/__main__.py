@@ -12,6 +12,7 @@ from typing import Any, Final
 from tests.bench.loads import cold_loads, readiness, resident_latency
 from tests.bench.report import write_report
 from tests.bench.router_figures import crash, first_token, footprint
+from tests.bench.structured import structured
 from tests.bench.swaps import alternate, alternating_calls
 from tests.bench.throughput import throughput
 from tests.tiny_models.random_model import make_random_model
@@ -36,6 +37,7 @@ def main() -> None:
             "resident": lambda home: resident_latency(folder, home, small, large, 12),
             "alternate": lambda home: alternate(folder, home, small, large, 20),
             "calls": lambda home: alternating_calls(folder, home, (small, other), 40),
+            "structured": lambda home: structured(home),
             "throughput": lambda home: throughput(folder, home),
         }
         wanted = sys.argv[1:] or list(parts)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.utils import quantize_model
 
-from tests.tiny_models.tokenizer import CHAT_TEMPLATE, build_tokenizer
+from tests.tiny_models.tokenizer import CHAT_TEMPLATE, VOCABULARY, build_tokenizer
 from tests.tiny_models.weights import model_config, new_model, save_model
 
 __all__ = ["make_random_model", "parse_size"]
@@ -36,13 +37,15 @@ def make_random_model(
     context: int = 32768,
     chat_template: str | None = CHAT_TEMPLATE,
     more_markers: tuple[str, ...] = (),
+    vocabulary: int = VOCABULARY,
+    more_texts: Iterable[str] = (),
 ) -> Path:
     """Write a model of about ``size_bytes`` of weights into ``folder`` and return the folder.
 
     ``bits=0`` gives bfloat16; otherwise affine quantisation in groups of 64 with float32 scales, because a quantised
     matmul in half precision is 8 to 40 times slower on a CPU.
     """
-    tokenizer = build_tokenizer(folder, chat_template, more_markers)
+    tokenizer = build_tokenizer(folder, chat_template, more_markers, vocabulary, more_texts)
     dtype = "float32" if bits else "bfloat16"
     width = 4 if dtype == "float32" else 2
     bytes_per_weight = (bits + 16 * width / 64) / 8 if bits else width

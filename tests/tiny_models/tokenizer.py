@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from tests.tiny_models.script import FALLBACK, LONG_STORY, conversations
 
-__all__ = ["CHAT_TEMPLATE", "PLAIN_TEMPLATE", "build_tokenizer", "write_json"]
+__all__ = ["CHAT_TEMPLATE", "PLAIN_TEMPLATE", "VOCABULARY", "build_tokenizer", "write_json"]
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
@@ -77,8 +78,9 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def build_tokenizer(
-    folder: Path, chat_template: str | None = CHAT_TEMPLATE, more_markers: tuple[str, ...] = ()
-) -> Tokenizer:
+    folder: Path, chat_template: str | None = CHAT_TEMPLATE, more_markers: tuple[str, ...] = (),
+    vocabulary: int = VOCABULARY, more_texts: Iterable[str] = (),
+) -> Tokenizer:  # fmt: skip
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder`` and return the tokenizer.
 
     With ``chat_template=None`` the model is a plain completion model: no chat, no tools, no thinking.
@@ -91,7 +93,7 @@ def build_tokenizer(
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [CHAT_TEMPLATE, FALLBACK, LONG_STORY]
+    texts = [*more_texts, CHAT_TEMPLATE, FALLBACK, LONG_STORY]
     for conversation in conversations():
         texts += [conversation.answer, json.dumps(conversation.tools), "system\nuser\nassistant\ntool\n"]
         texts += [message["content"] for message in conversation.messages]
@@ -101,7 +103,7 @@ def build_tokenizer(
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY - extra,
+            vocab_size=vocabulary - extra,
             min_frequency=1,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,

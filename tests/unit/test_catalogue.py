@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_router_server.catalogue.architectures import servable_architectures
+from mlx_router_server.catalogue.architectures import has_vlm, servable_architectures
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER, Catalogue, Registered, Sources
 from mlx_router_server.catalogue.discovery import discover_hub, hub_cache
 from mlx_router_server.catalogue.entry import Capability
@@ -47,14 +47,14 @@ def test_the_demo_model_is_what_it_is() -> None:
 def test_the_architectures_come_from_mlx_lm_and_include_renamed_ones() -> None:
     found = servable_architectures()
     assert {"qwen3", "llama", "mistral", "gemma3"} <= found
-    assert "bert" not in found
+    assert "roberta" not in found
 
 
 @pytest.mark.req("R28")
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "bert"}, "no architecture 'bert'"),
+        ({"model_type": "roberta"}, "no architecture 'roberta'"),
         ({}, "names no model_type"),
         ({"model_type": "qwen3", "model_file": "evil.py"}, "code of its own"),
         ({"model_type": "qwen3", "quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
@@ -126,7 +126,7 @@ def test_what_is_listed_is_what_resolves_and_links_do_not_lead_out(tmp_path: Pat
     folder, hub = tmp_path / "models", tmp_path / "hub"
     write_model(folder / "plain")
     write_model(folder / "org" / "nested")
-    write_model(folder / "broken", {"model_type": "bert"})
+    write_model(folder / "broken", {"model_type": "roberta"})
     outside = write_model(tmp_path / "outside")
     (folder / "escape").symlink_to(outside)
     _put_in_hub(hub, "mlx-community/X-4bit", "aaa", tmp_path)
@@ -147,7 +147,7 @@ def test_what_is_listed_is_what_resolves_and_links_do_not_lead_out(tmp_path: Pat
         for name in names:
             assert catalogue.resolve(name).name.display == name
         assert catalogue.resolve("OTHER-NAME").name.display == "mine:latest"
-        assert catalogue.unservable == {"broken": "mlx-lm has no architecture 'bert'"}
+        assert catalogue.unservable == {"broken": "mlx-lm has no architecture 'roberta'"}
         for unknown in ("escape", "nosuch", "plain:7b"):
             with pytest.raises(ModelNotFound, match=f"model '{unknown}' not found"):
                 catalogue.resolve(unknown)
@@ -178,3 +178,18 @@ def test_models_of_equal_shape_have_different_digests(tmp_path: Path) -> None:
     data[-1] = 1
     (two / "model.safetensors").write_bytes(data)
     assert inspect_folder(one).digest != inspect_folder(two).digest
+
+
+def test_encoders_are_listed_and_say_which_extra_they_need(tmp_path: Path) -> None:
+    """Whether it is installed here or not; rerankers are told from classifiers by the shape of their last layer."""
+    from tests.tiny_models.encoders import make_encoder, make_reranker
+
+    encoder = inspect_folder(make_encoder(tmp_path / "encoder"))
+    ranker = inspect_folder(make_reranker(tmp_path / "ranker", "xlm-roberta"))
+    assert (encoder.engine, encoder.capabilities) == ("encode", {Capability.EMBEDDING})
+    assert (ranker.engine, ranker.capabilities) == ("rerank", {Capability.RERANK})
+    for files in (encoder, ranker):
+        assert bool(files.unusable) != has_vlm()
+        assert has_vlm() or "pip install 'mlx-router-server[encoders]'" in files.unusable
+    with pytest.raises(NotServable, match="only those with one label"):
+        inspect_folder(make_reranker(tmp_path / "classifier", labels=3))

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from starlette.requests import Request
@@ -35,6 +35,8 @@ from mlx_router_shared.generation import Request as CanonicalRequest
 __all__ = ["Answer", "AnswerStyle", "answer", "load_only", "refuse_ignored"]
 
 log = logging.getLogger(__name__)
+
+_LONGEST_HEADER: Final = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,8 +186,10 @@ class Answer:
 
     def _head(self, media_type: str, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
         if self._call.ignored:
-            names = ",".join(self._call.ignored).encode("ascii", "replace")
-            headers = [*headers, (b"x-ignored-fields", names[:1000].replace(b"\n", b"?").replace(b"\r", b"?"))]
+            names = ",".join(self._call.ignored)[:_LONGEST_HEADER]
+            # They come from a stranger: what is no visible ASCII character has no place in a header.
+            shown = "".join(char if "!" <= char <= "~" else "?" for char in names)
+            headers = [*headers, (b"x-ignored-fields", shown.encode())]
         return {
             "type": "http.response.start",
             "status": 200,

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from msgspec import Struct, field
 
-from mlx_router_server.dialects.body import convert, read_object, without_nulls
+from mlx_router_server.dialects.body import Int64, convert, read_object, without_nulls
 from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.images import image_from_base64
@@ -46,11 +46,11 @@ class _CountBody(Struct, kw_only=True):
 
 
 class _MessagesBody(_CountBody, kw_only=True):
-    max_tokens: int | None = None
+    max_tokens: Int64 | None = None
     stream: bool = False
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Int64 | None = None
     stop_sequences: list[str] = field(default_factory=list)
     keep_alive: Any = None
     options: dict[str, Any] = field(default_factory=dict)

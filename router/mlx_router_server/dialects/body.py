@@ -7,13 +7,16 @@ fields are ignored, a wrong type is refused with the path of the field.
 from __future__ import annotations
 
 import re
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
 from mlx_router_shared.errors import InvalidRequest
 
-__all__ = ["convert", "read_object", "without_nulls"]
+__all__ = ["Int64", "convert", "read_object", "without_nulls"]
+
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""A whole number that fits the wire; JSON knows no limits."""
 
 _PATH: Final = re.compile(r" - at `\$\.?(.*?)`$")
 _Body = TypeVar("_Body")

@@ -7,7 +7,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import Struct, field
 
-from mlx_router_server.dialects.body import convert, read_object, without_nulls
+from mlx_router_server.dialects.body import Int64, convert, read_object, without_nulls
 from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.go_template import render_prompt
@@ -78,7 +78,7 @@ class _Common(Struct, kw_only=True):
     think: Any = None
     truncate: bool = True
     logprobs: bool = False
-    top_logprobs: int = 0
+    top_logprobs: Int64 = 0
     debug_render_only: bool = field(name="_debug_render_only", default=False)
 
 
@@ -92,7 +92,7 @@ class _GenerateBody(_Common, kw_only=True):
     suffix: str = ""
     system: str | None = None
     template: str = ""
-    context: list[int] = field(default_factory=list)
+    context: list[Int64] = field(default_factory=list)
     raw: bool = False
     images: list[str] = field(default_factory=list)
 
@@ -101,7 +101,7 @@ class _EmbedBody(Struct, kw_only=True):
     model: str = ""
     input: Any = None
     truncate: bool = True
-    dimensions: int = 0
+    dimensions: Int64 = 0
     keep_alive: Any = None
     options: dict[str, Any] = field(default_factory=dict)
 

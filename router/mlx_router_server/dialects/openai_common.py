@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final, NamedTuple
 
 from msgspec import Struct, field
 
+from mlx_router_server.dialects.body import Int64
 from mlx_router_server.dialects.images import image_from_url
 from mlx_router_server.dialects.options import Options
 from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
@@ -35,15 +37,15 @@ class SamplingFields(Struct, kw_only=True):
     stream: bool = False
     temperature: float | None = None
     top_p: float | None = None
-    seed: int | None = None
+    seed: Int64 | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] = field(default_factory=dict)
     # Extensions that are seen in the field.
-    top_k: int | None = None
+    top_k: Int64 | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    num_ctx: int | None = None
+    num_ctx: Int64 | None = None
     keep_alive: Any = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -93,7 +95,7 @@ def check_ranges(body: SamplingFields, *counts: tuple[str, int | None]) -> None:
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
     found = {}
     for token, value in bias.items():
-        if not token.isdecimal() or not token.isascii() or not -100 <= value <= 100:
+        if re.fullmatch("[0-9]{1,9}", token) is None or not -100 <= value <= 100:
             raise InvalidRequest("logit_bias maps token ids to numbers from -100 to 100", param="logit_bias")
         found[int(token)] = value
     return found

@@ -8,7 +8,7 @@ from typing import Any, Final
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from mlx_router_server.dialects.body import convert, read_object, without_nulls
+from mlx_router_server.dialects.body import Int64, convert, read_object, without_nulls
 from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.ollama_requests import read_tools
@@ -68,20 +68,20 @@ class _StreamOptions(Struct, kw_only=True):
 
 class _Common(SamplingFields, kw_only=True):
     stream_options: _StreamOptions = field(default_factory=_StreamOptions)
-    max_tokens: int | None = None
-    n: int = 1
+    max_tokens: Int64 | None = None
+    n: Int64 = 1
     stop: str | list[str] = field(default_factory=list)
 
 
 class _ChatBody(_Common, kw_only=True):
     messages: list[dict[str, Any]] = field(default_factory=list)
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Int64 | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
     tool_choice: Any = None
     parallel_tool_calls: bool = True
     response_format: dict[str, Any] = field(default_factory=dict)
     logprobs: bool = False
-    top_logprobs: int | None = None
+    top_logprobs: Int64 | None = None
     reasoning_effort: str | None = None
     reasoning: dict[str, Any] = field(default_factory=dict)
     thinking: dict[str, Any] = field(default_factory=dict)
@@ -94,15 +94,15 @@ class _CompletionBody(_Common, kw_only=True):
     prompt: str | list[Any] = ""
     suffix: str = ""
     echo: bool = False
-    best_of: int | None = None
-    logprobs: int | None = None
+    best_of: Int64 | None = None
+    logprobs: Int64 | None = None
 
 
 class _EmbeddingBody(Struct, kw_only=True):
     model: str = ""
     input: Any = None
     encoding_format: str = "float"
-    dimensions: int | None = None
+    dimensions: Int64 | None = None
     keep_alive: Any = None
 
 
@@ -110,7 +110,7 @@ class _RerankBody(Struct, kw_only=True):
     model: str = ""
     query: str = ""
     documents: list[str | dict[str, Any]] = field(default_factory=list)
-    top_n: int | None = None
+    top_n: Int64 | None = None
     return_documents: bool = False
     keep_alive: Any = None
 
@@ -410,7 +410,7 @@ def _is_token_ids(value: Any) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
+        and all(isinstance(token, int) and not isinstance(token, bool) and -(2**31) <= token < 2**31 for token in value)
     )
 
 

@@ -127,6 +127,8 @@ def _check(name: str, value: Any) -> Any:
     if name in _INTEGERS:
         if not number:
             raise InvalidRequest(f'option "{name}" must be of type integer', param=f"options.{name}")
+        if not -(2**63) <= value < 2**63:
+            raise InvalidRequest(f'option "{name}" is out of range', param=f"options.{name}")
         return int(value)  # toward zero, as Ollama does
     if name in _FLOATS:
         if not number:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import Struct, field
 
-from mlx_router_server.dialects.body import convert, read_object, without_nulls
+from mlx_router_server.dialects.body import Int64, convert, read_object, without_nulls
 from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.openai_common import (
@@ -49,8 +49,8 @@ _DROPPED_ITEMS: Final = (
 class _Body(SamplingFields, kw_only=True):
     input: str | list[dict[str, Any]] = field(default_factory=list)
     instructions: str = ""
-    max_output_tokens: int | None = None
-    top_logprobs: int | None = None
+    max_output_tokens: Int64 | None = None
+    top_logprobs: Int64 | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
     tool_choice: Any = None
     parallel_tool_calls: bool = True
@@ -251,7 +251,7 @@ def _messages(items: str | list[dict[str, Any]]) -> tuple[list[Message], str]:
 
 def _message(item: dict[str, Any], at: str) -> tuple[Message, str]:
     role, content = item.get("role"), item.get("content", "")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise InvalidRequest(f"{at}: unknown role {role!r}", param=f"{at}.role")
     parts: list[str | bytes] = [content] if isinstance(content, str) else []
     if isinstance(content, list):

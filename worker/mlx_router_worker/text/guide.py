@@ -23,8 +23,9 @@ from mlx_router_worker.text.grammar import Follower, Mask
 
 __all__ = ["AllBut", "Allowed", "Guide", "Markers", "as_mask"]
 
-# A constrained model that repeats itself will not come to an end by itself.
-_MOST_EQUAL_TOKENS: Final = 30
+# A constrained model whose last tokens are the same few over and over will not come to an end by itself.
+_CIRCLE: Final = 48
+_FEW: Final = 3
 _LEAST_ANSWER: Final = 16  # tokens beyond the shortest answer that thinking leaves
 # One token can open a block and a name in it (`{"`): what has to be closed then, and the token itself.
 _MOST_GROWTH: Final = 8
@@ -92,7 +93,7 @@ class Guide:
         self._most_thinking = max_thinking_tokens
         self._left = budget
         self._recent: deque[int] = deque(maxlen=max(len(markers.think_end), len(markers.call_end), 1))
-        self._equal = 0
+        self._lately: deque[int] = deque(maxlen=_CIRCLE)
         self._last: int | None = None
         self._closing = False
         self._called = False
@@ -129,7 +130,7 @@ class Guide:
 
     def take(self, token: int) -> None:
         self._left -= 1
-        self._equal = self._equal + 1 if token == self._last else 0
+        self._lately.append(token)
         self._last = token
         self._recent.append(token)
         if self._forced:
@@ -175,7 +176,9 @@ class Guide:
 
     def _take_first(self, token: int) -> None:
         markers = self._markers
-        if self._may_think and markers.think_start and token == markers.think_start[0]:
+        if self._called and token in self._end_tokens:
+            self._phase = _Phase.END
+        elif self._may_think and markers.think_start and token == markers.think_start[0]:
             self._forced.extend(markers.think_start[1:])
             self._phase = _Phase.THINKING
         elif self._lead and token == self._lead[0]:
@@ -258,7 +261,7 @@ class Guide:
         """A text that would not end in time, or that goes round in circles, is brought to its end."""
         if self._closing or follower.broken:
             return
-        if self._equal >= _MOST_EQUAL_TOKENS:
+        if len(self._lately) == _CIRCLE and len(set(self._lately)) <= _FEW:
             self._closing = self.cut = True
         elif self._left <= self._look_at:
             needed = follower.way_out() + len(self._markers.call_end) + 1

@@ -1,0 +1,122 @@
+"""What a grammar costs a token, and whether it holds: in the engine itself, because that is where it happens."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from mlx_router_shared.generation import Event, GenerationRequest, Message, Role, Sampling, TextDelta
+from mlx_router_shared.protocol import Load
+from mlx_router_worker.mlx_engine import MlxEngine
+from tests.tiny_models.random_model import make_random_model
+
+__all__ = ["structured"]
+
+_VOCABULARY: Final = 32_768
+_BYTES: Final = 96_000_000
+_STREAMS: Final = 8
+_TOKENS: Final = 24
+_ROUNDS: Final = 5
+_TEXT_BYTES: Final = 12_000_000
+_SCHEMA: Final = json.dumps(
+    {"type": "object", "properties": {
+        "name": {"type": "string"}, "age": {"type": "integer"}, "tags": {"type": "array", "items": {"type": "string"}},
+        "kind": {"enum": ["a", "b"]}}, "required": ["name", "age", "tags", "kind"], "additionalProperties": False}
+)  # fmt: skip
+
+
+def _texts() -> Iterator[str]:
+    """Enough text for a large vocabulary, on every machine: the standard library."""
+    size = 0
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        size += len(text)
+        if size > _TEXT_BYTES:
+            return
+        yield text
+
+
+def _request(schema: str | None, seed: int, tokens: int) -> GenerationRequest:
+    return GenerationRequest(
+        messages=[Message(role=Role.USER, content="go")], schema=schema, thinking=False, max_tokens=tokens,
+        sampling=Sampling(temperature=1.0, seed=seed),
+    )  # fmt: skip
+
+
+def _play(engine: MlxEngine, requests: dict[str, GenerationRequest]) -> dict[str, list[Event]]:
+    out = {name: engine.submit(name, request) for name, request in requests.items()}
+    while engine.streams:
+        for stream in engine.step():
+            out[stream.request_id] += stream.events
+    return out
+
+
+def _ms_per_token(engine: MlxEngine, schema: str | None, streams: int, seed: int) -> float:
+    """Of decoding alone: from the moment in which every stream has begun."""
+    for number in range(streams):
+        engine.submit(str(number), _request(schema, seed + number, _TOKENS))
+    begun: set[str] = set()
+    while len(begun) < streams:
+        begun |= {stream.request_id for stream in engine.step()}
+    before, started = engine.reading().tokens_total, time.perf_counter()
+    while engine.streams:
+        engine.step()
+    return (time.perf_counter() - started) / (engine.reading().tokens_total - before) * 1000
+
+
+def _valid(engine: MlxEngine, rounds: int, held: int, free: int) -> int:
+    good = 0
+    for number in range(rounds):
+        requests = {f"h{n}": _request(_SCHEMA, 1000 * number + n, 120) for n in range(held)}
+        requests |= {f"f{n}": _request(None, n, 60) for n in range(free)}
+        for name, events in _play(engine, requests).items():
+            if name.startswith("h"):
+                text = "".join(event.text for event in events if isinstance(event, TextDelta))
+                try:
+                    good += set(json.loads(text)) == {"name", "age", "tags", "kind"}
+                except ValueError:
+                    print("not JSON:", text)
+    return good
+
+
+def structured(home: Path) -> dict[str, Any]:
+    """Alternating rounds of answers that are free and held; and how many of a hundred hold."""
+    folder = home / "model"
+    make_random_model(folder, size_bytes=_BYTES, vocabulary=_VOCABULARY, more_texts=_texts())
+    engine = MlxEngine(lambda data: None)
+    facts = engine.load(
+        Load(model="structured", path=str(folder), context_tokens=0, parallel=32), lambda stage, fraction: None
+    )
+    started = time.perf_counter()
+    _play(engine, {"first": _request(_SCHEMA, 0, 2)})
+    build = time.perf_counter() - started
+    times: dict[tuple[int, bool], list[float]] = {}
+    for number in range(_ROUNDS + 1):
+        for streams in (_STREAMS, 1):
+            for held in (False, True):
+                took = _ms_per_token(engine, _SCHEMA if held else None, streams, number * 100)
+                if number:  # the first round warms up
+                    times.setdefault((streams, held), []).append(took)
+    middle = {key: sorted(values)[len(values) // 2] for key, values in times.items()}
+    small = home / "small"
+    make_random_model(small, size_bytes=4_000_000)
+    weak = MlxEngine(lambda data: None)
+    weak.load(Load(model="weak", path=str(small), context_tokens=0, parallel=32), lambda stage, fraction: None)
+    return {
+        "megabytes": facts.weights_bytes / 1e6,
+        "vocabulary": _VOCABULARY,
+        "streams": _STREAMS,
+        "build_s": build,
+        "free_ms": middle[_STREAMS, False],
+        "held_ms": middle[_STREAMS, True],
+        "cost": middle[_STREAMS, True] / middle[_STREAMS, False] - 1,
+        "free_1_ms": middle[1, False],
+        "held_1_ms": middle[1, True],
+        "cost_1": middle[1, True] / middle[1, False] - 1,
+        "valid_alone": _valid(weak, 100, 1, 0),
+        "valid_mixed": _valid(weak, 10, 10, 6),
+    }

@@ -1,0 +1,1 @@
+"""Random and nearly right requests on every route, for minutes."""
