@@ -26,7 +26,8 @@ _OK = {"tokens": 2}
 
 def body_for(path: str, **more: Any) -> dict[str, Any]:
     """A body that every route understands; one API has a field of the same name that is refused."""
-    return {name: value for name, value in {**_BODY, **more}.items() if (path, name) != ("/v1/responses", "prompt")}
+    left_out = {"prompt"} if path.startswith("/v1/responses") else set()
+    return {name: value for name, value in {**_BODY, **more}.items() if name not in left_out}
 
 
 def _ask(router: RouterProcess, path: str, model: str | None) -> tuple[int, str]:

@@ -186,8 +186,8 @@ def test_encoders_are_listed_and_say_which_extra_they_need(tmp_path: Path) -> No
 
     encoder = inspect_folder(make_encoder(tmp_path / "encoder"))
     ranker = inspect_folder(make_reranker(tmp_path / "ranker", "xlm-roberta"))
-    assert (encoder.engine, encoder.capabilities) == ("encode", {Capability.EMBEDDING})
-    assert (ranker.engine, ranker.capabilities) == ("rerank", {Capability.RERANK})
+    assert (encoder.engine, encoder.capabilities) == ("encode", frozenset({Capability.EMBEDDING}))
+    assert (ranker.engine, ranker.capabilities) == ("rerank", frozenset({Capability.RERANK}))
     for files in (encoder, ranker):
         assert bool(files.unusable) != has_vlm()
         assert has_vlm() or "pip install 'mlx-router-server[encoders]'" in files.unusable

@@ -1,0 +1,113 @@
+"""The shape of every error on every route: the one that the clients of that API read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.routing import Route
+
+from mlx_router_server.app import create_app
+from mlx_router_server.settings import Settings
+from tests.meta.test_app import INFERENCE_ROUTES
+from tests.process.test_names import body_for
+from tests.support.fakes import fake_config
+from tests.support.http import Reply, call
+from tests.support.router import RouterProcess, running_router
+
+_TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
+    413: "request_too_large", 500: "api_error", 529: "overloaded_error",
+}  # fmt: skip
+_WITH_BODY = sorted(
+    path
+    for route in create_app(Settings()).routes
+    if isinstance(route, Route) and "POST" in (route.methods or ())
+    for path in [route.path]
+    if path.startswith(("/api/", "/v1/")) and "experimental" not in path and path not in ("/api/me", "/api/signout")
+)
+
+
+def _broken(path: str) -> str:
+    """A model of its own for each route: after some failures one is given up."""
+    return "broken" + path.replace("/", "-")
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
+    home = tmp_path_factory.mktemp("errors")
+    scripts: dict[str, dict[str, Any]] = {_broken(path): {"fail_load": "it is broken"} for path in INFERENCE_ROUTES}
+    with running_router(home, *fake_config(home, scripts)) as found:
+        yield found
+
+
+def _check(path: str, reply: Reply, status: int) -> None:
+    """The status, as this API has it, and a body of its own shape."""
+    if path.startswith("/v1/messages"):
+        status = 529 if status == 503 else status
+        body = reply.json()
+        assert set(body) == {"type", "error", "request_id"}
+        assert (body["type"], set(body["error"])) == ("error", {"type", "message"})
+        assert body["error"]["type"] == _TYPES[status]
+        assert body["request_id"] == reply.headers["request-id"]
+        message = body["error"]["message"]
+    elif path.startswith("/v1/"):
+        body = reply.json()
+        assert (set(body), set(body["error"])) == ({"error"}, {"message", "type", "param", "code"})
+        kinds = {404: "not_found_error", 500: "api_error", 503: "api_error"}
+        assert body["error"]["type"] == kinds.get(status, "invalid_request_error" if status in (400,) else "api_error")
+        assert body["error"]["code"] is None or re.fullmatch("[a-z_]+", body["error"]["code"])
+        assert body["error"]["param"] is None or isinstance(body["error"]["param"], str)
+        message = body["error"]["message"]
+    else:
+        assert list(reply.json()) == ["error"]
+        message = reply.json()["error"]
+    assert reply.status == status
+    assert isinstance(message, str)
+    assert message
+    assert reply.headers["content-type"].startswith("application/json")
+    assert reply.headers["x-request-id"].startswith("req_")
+    assert "/tmp" not in message, "no folder of this machine"
+    if status in (503, 529):
+        assert 1 <= int(reply.headers["retry-after"]) <= 60
+    elif status < 500:
+        assert not any(word in message.lower() for word in ("overloaded", "busy", "rate limit", "too many requests"))
+
+
+@pytest.mark.covers("O129")
+@pytest.mark.parametrize("path", _WITH_BODY)
+def test_bad_requests_and_unknown_models(router: RouterProcess, path: str) -> None:
+    for body in (b"", b"{", b"[]", b'"x"', {"model": 5}, {}, {"model": "a b", **body_for(path)}):
+        if path == "/api/show" and isinstance(body, dict) and "prompt" in body:
+            continue
+        _check(path, call(router, "POST", path, body), 400)
+    _check(path, call(router, "POST", path, {**body_for(path), "model": "nosuch"}), 404)
+
+
+@pytest.mark.parametrize("path", sorted(INFERENCE_ROUTES))
+def test_a_load_that_fails_and_the_pause_after_it(router: RouterProcess, path: str) -> None:
+    body = {**body_for(path), "model": _broken(path)}
+    _check(path, call(router, "POST", path, body), 500)
+    _check(path, call(router, "POST", path, body), 503)
+
+
+@pytest.mark.parametrize("path", sorted(INFERENCE_ROUTES))
+def test_wrong_methods_name_the_right_ones(router: RouterProcess, path: str) -> None:
+    reply = call(router, "PUT", path)
+    assert (reply.status, "POST" in reply.headers["allow"]) == (405, True)
+    if path.startswith("/v1/"):
+        assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("path", ["/v1/nope", "/v1/messages/nope", "/api/nope", "/nope", "/v1/responses/x/nope"])
+def test_unknown_addresses(router: RouterProcess, path: str) -> None:
+    reply = call(router, "GET", path)
+    assert reply.status == 404
+    if path.startswith("/v1/messages"):
+        assert reply.json()["error"]["type"] == "not_found_error"
+    elif path.startswith("/v1/"):
+        assert reply.json()["error"]["code"] == "unknown_url"
+    else:
+        assert reply.body == b"404 page not found"
