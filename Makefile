@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CLIENTS := .venv-clients
 EXTRAS := .venv-extras
+AGENTS := .venv-agents
+# A network of their own that holds nothing but loopback.
+LOOPBACK_ONLY := unshare --user --map-root-user --net sh -c 'ip link set lo up && exec sh -c "$$0"'
 # Installed once with everything that development needs; repeated when the project file changes.
 
-.PHONY: docs help setup run test test-clients test-extras test-slow soak fuzz check lint types imports format bench bench-swaps demo-model clean
+.PHONY: docs help setup run test test-agents test-clients test-extras test-open-webui test-slow soak fuzz check lint types imports format bench bench-swaps demo-model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +49,20 @@ $(EXTRAS)/.installed: pyproject.toml
 
 test-extras: $(EXTRAS)/.installed ## encoders, rerankers and vision, with the extras they need
 	$(EXTRAS)/bin/python -m pytest tests/extras
+
+$(AGENTS)/.installed: tests/agents/install.sh
+	PYTHON=$(PYTHON) tests/agents/install.sh $(AGENTS)
+	touch $@
+
+$(AGENTS)/.webui-installed: tests/agents/install.sh
+	PYTHON=$(PYTHON) tests/agents/install.sh $(AGENTS) webui
+	touch $@
+
+test-agents: $(INSTALLED) $(AGENTS)/.installed ## coding agents, installed apart, with no network but loopback (Linux)
+	$(LOOPBACK_ONLY) '$(BIN)/python -m pytest --timeout 180 tests/agents/test_agents.py'
+
+test-open-webui: $(INSTALLED) $(AGENTS)/.webui-installed ## Open WebUI, several gigabytes, with no network but loopback (Linux)
+	$(LOOPBACK_ONLY) '$(BIN)/python -m pytest --timeout 300 tests/agents/test_open_webui.py'
 
 soak: $(INSTALLED) ## ten minutes of chaos with real processes; MINUTES=10
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class FakeScript(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     garbage_at: str = ""
     """Send bytes that are no message."""
     text: str = ""
-    """The answer, in words; empty: the model's name with a number, ``tokens`` times."""
+    """The answer; ``{result}`` in it is what a tool gave back. Empty: numbered words, ``tokens`` of them."""
     thinking: str = ""
     """What is thought before, where thinking is wanted."""
     calls: list[FakeCall] = []
@@ -213,8 +214,10 @@ class FakeEngine:
 
     def _pieces(self, request: GenerationRequest) -> list[Event]:
         script = self._script
-        answered = bool(request.messages) and request.messages[-1].role is Role.TOOL
-        offered = request.forced_tools or [tool.name for tool in request.tools if not answered]
+        # Pictures of a result follow it in a turn of the user.
+        latest = list(takewhile(lambda message: message.role is not Role.ASSISTANT, reversed(request.messages)))
+        results = [message.content for message in latest if message.role is Role.TOOL]
+        offered = request.forced_tools or [tool.name for tool in request.tools if not results]
         calls = [call for call in script.calls if call.name in offered]
         if request.forced_tools and not calls:
             calls = [FakeCall(name=request.forced_tools[0])]
@@ -226,7 +229,8 @@ class FakeEngine:
             arguments = msgspec.json.encode(calls[0].arguments).decode()
             return [*out, ToolCallDone(index=0, id=call_id, name=calls[0].name, arguments=arguments)]
         if script.text:
-            return out + [TextDelta(text=text) for text in script.text.replace(" ", " \0").split("\0")]
+            text = script.text.replace("{result}", results[0] if results else "")
+            return out + [TextDelta(text=part) for part in text.replace(" ", " \0").split("\0")]
         return out
 
     def cancel(self, request_id: str) -> None:

@@ -177,7 +177,8 @@ def _prompt(asked: _CountBody) -> tuple[dict[str, Any], dict[Needs, Need]]:
     if use.offered:
         needs[Needs.TOOLS] = Need("{full} does not support tools", "tools")
     if any(message.images for message in messages):
-        needs[Needs.VISION] = Need("{full} does not support images", "messages")
+        # Claude Code knows these words: it then goes on without the picture, instead of giving up.
+        needs[Needs.VISION] = Need("Could not process image: {full} does not support images", "messages")
     last = messages[-1]
     thinking = asked.thinking.get("type") in ("enabled", "adaptive", "between_tools")
     effort = asked.output_config.get("effort")
