@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from mlx_router_shared.generation import Event, GenerationRequest, Message, Role, Sampling, TextDelta
 from mlx_router_shared.protocol import Load
 from mlx_router_worker.mlx_engine import MlxEngine
+from tests.support.engine import SCHEMA, play, request, text_of
 from tests.tiny_models.random_model import make_random_model
 
 __all__ = ["structured"]
@@ -22,11 +22,6 @@ _STREAMS: Final = 8
 _TOKENS: Final = 24
 _ROUNDS: Final = 5
 _TEXT_BYTES: Final = 12_000_000
-_SCHEMA: Final = json.dumps(
-    {"type": "object", "properties": {
-        "name": {"type": "string"}, "age": {"type": "integer"}, "tags": {"type": "array", "items": {"type": "string"}},
-        "kind": {"enum": ["a", "b"]}}, "required": ["name", "age", "tags", "kind"], "additionalProperties": False}
-)  # fmt: skip
 
 
 def _texts() -> Iterator[str]:
@@ -40,25 +35,10 @@ def _texts() -> Iterator[str]:
         yield text
 
 
-def _request(schema: str | None, seed: int, tokens: int) -> GenerationRequest:
-    return GenerationRequest(
-        messages=[Message(role=Role.USER, content="go")], schema=schema, thinking=False, max_tokens=tokens,
-        sampling=Sampling(temperature=1.0, seed=seed),
-    )  # fmt: skip
-
-
-def _play(engine: MlxEngine, requests: dict[str, GenerationRequest]) -> dict[str, list[Event]]:
-    out = {name: engine.submit(name, request) for name, request in requests.items()}
-    while engine.streams:
-        for stream in engine.step():
-            out[stream.request_id] += stream.events
-    return out
-
-
 def _ms_per_token(engine: MlxEngine, schema: str | None, streams: int, seed: int) -> float:
     """Of decoding alone: from the moment in which every stream has begun."""
     for number in range(streams):
-        engine.submit(str(number), _request(schema, seed + number, _TOKENS))
+        engine.submit(str(number), request(schema, seed + number, _TOKENS, thinking=False))
     begun: set[str] = set()
     while len(begun) < streams:
         begun |= {stream.request_id for stream in engine.step()}
@@ -71,11 +51,11 @@ def _ms_per_token(engine: MlxEngine, schema: str | None, streams: int, seed: int
 def _valid(engine: MlxEngine, rounds: int, held: int, free: int) -> int:
     good = 0
     for number in range(rounds):
-        requests = {f"h{n}": _request(_SCHEMA, 1000 * number + n, 120) for n in range(held)}
-        requests |= {f"f{n}": _request(None, n, 60) for n in range(free)}
-        for name, events in _play(engine, requests).items():
+        requests = {f"h{n}": request(SCHEMA, 1000 * number + n, 120, thinking=False) for n in range(held)}
+        requests |= {f"f{n}": request(None, n, 60, thinking=False) for n in range(free)}
+        for name, events in play(engine, requests).items():
             if name.startswith("h"):
-                text = "".join(event.text for event in events if isinstance(event, TextDelta))
+                text = text_of(events)
                 try:
                     good += set(json.loads(text)) == {"name", "age", "tags", "kind"}
                 except ValueError:
@@ -92,13 +72,13 @@ def structured(home: Path) -> dict[str, Any]:
         Load(model="structured", path=str(folder), context_tokens=0, parallel=32), lambda stage, fraction: None
     )
     started = time.perf_counter()
-    _play(engine, {"first": _request(_SCHEMA, 0, 2)})
+    play(engine, {"first": request(SCHEMA, 0, 2)})
     build = time.perf_counter() - started
     times: dict[tuple[int, bool], list[float]] = {}
     for number in range(_ROUNDS + 1):
         for streams in (_STREAMS, 1):
             for held in (False, True):
-                took = _ms_per_token(engine, _SCHEMA if held else None, streams, number * 100)
+                took = _ms_per_token(engine, SCHEMA if held else None, streams, number * 100)
                 if number:  # the first round warms up
                     times.setdefault((streams, held), []).append(took)
     middle = {key: sorted(values)[len(values) // 2] for key, values in times.items()}

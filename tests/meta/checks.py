@@ -6,12 +6,13 @@ it covers by ``@pytest.mark.covers("T001", "O3-O7")``; docs/conformance.md is re
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 from typing import Final
 
-__all__ = ["ALL_CHECKS", "CLIENT_SUITES", "NOT_HERE", "covered_checks"]
+from tests.meta.requirements import marked_tests
+
+__all__ = ["ALL_CHECKS", "NOT_HERE", "covered_checks"]
 
 _MANAGEMENT: Final = "models are not managed over HTTP in this release"
 _KEYS: Final = "there are no keys in this release"
@@ -22,8 +23,6 @@ NOT_HERE: Final = {
     **{f"T{number}": _MANAGEMENT for number in range(127, 137)},
     "O18": _KEYS,
 }
-# Made by suites of their own, which install what they need: `make test-clients` and `make test-agents`.
-CLIENT_SUITES: Final = ("tests/clients", "tests/agents", "tests/extras")
 
 
 def _expand(text: str) -> list[str]:
@@ -35,16 +34,9 @@ def _expand(text: str) -> list[str]:
 
 
 def covered_checks(root: Path) -> dict[str, list[str]]:
-    """The tests that cover each check, as ``path::name``; found in the source, so that nothing has to be imported."""
+    """The tests that cover each check, ranges taken apart."""
     found: dict[str, list[str]] = {}
-    for path in sorted((root / "tests").rglob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                continue
-            for mark in node.decorator_list:
-                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.covers":
-                    for argument in mark.args:
-                        assert isinstance(argument, ast.Constant), f"{path}: {node.name}"
-                        for check in _expand(str(argument.value)):
-                            found.setdefault(check, []).append(f"{path.relative_to(root)}::{node.name}")
-    return found
+    for text, tests in marked_tests(root, "covers").items():
+        for check in _expand(text):
+            found.setdefault(check, []).extend(tests)
+    return {check: sorted(set(tests)) for check, tests in found.items()}

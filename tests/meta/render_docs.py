@@ -13,7 +13,13 @@ import textwrap
 from pathlib import Path
 from typing import Any, get_args
 
-from mlx_router_server.dialects import anthropic_requests, ollama_requests, openai_requests, responses_requests
+from mlx_router_server.dialects import (
+    anthropic_requests,
+    embedding_requests,
+    ollama_requests,
+    openai_requests,
+    responses_requests,
+)
 from mlx_router_server.dialects.options import HONOURED_OPTIONS, IGNORED_OPTIONS
 from mlx_router_server.lifecycle.states import TRANSITIONS, State
 from mlx_router_server.settings import CONFIG_VERSION, describe_settings
@@ -32,8 +38,8 @@ FIELD_RULES = (
     openai_requests.CHAT_FIELDS,
     openai_requests.COMPLETION_FIELDS,
     responses_requests.RESPONSE_FIELDS,
-    openai_requests.EMBEDDING_FIELDS,
-    openai_requests.RERANK_FIELDS,
+    embedding_requests.EMBEDDING_FIELDS,
+    embedding_requests.RERANK_FIELDS,
     anthropic_requests.MESSAGE_FIELDS,
     anthropic_requests.COUNT_FIELDS,
 )

@@ -72,16 +72,17 @@ LATER: Final = frozenset(
 )  # catalogue, settings, safety and packaging
 
 
-def marked_tests(root: Path) -> dict[str, list[str]]:
-    """The tests that carry each mark, as ``path::name``; found in the source, so that nothing has to be imported."""
+def marked_tests(root: Path, mark: str = "req") -> dict[str, list[str]]:
+    """The tests that carry each argument of a mark, as ``path::name``; found in the source, so that nothing has to be
+    imported."""
     found: dict[str, list[str]] = {}
     for path in sorted((root / "tests").rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 continue
-            for mark in node.decorator_list:
-                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.req":
-                    for argument in mark.args:
+            for decorator in node.decorator_list:
+                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == f"pytest.mark.{mark}":
+                    for argument in decorator.args:
                         assert isinstance(argument, ast.Constant), f"{path}: {node.name}"
                         found.setdefault(str(argument.value), []).append(f"{path.relative_to(root)}::{node.name}")
     return found

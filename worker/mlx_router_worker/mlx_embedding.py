@@ -7,14 +7,13 @@ sentence-transformers files; without them it is the last token's state, with uni
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, LoadFailed, UnsupportedCapability
 from mlx_router_shared.generation import (
@@ -25,39 +24,24 @@ from mlx_router_shared.generation import (
     FinishReason,
     Request,
     Started,
-    StreamEvents,
     Usage,
     Vectors,
 )
 from mlx_router_shared.protocol import Load, ModelFacts
 from mlx_router_worker.engine import Report
-from mlx_router_worker.mlx_base import MlxBase
-from mlx_router_worker.text.pooling import Kind, Pooling, batches, finished, read_pooling
+from mlx_router_worker.mlx_jobs import Job, JobEngine
+from mlx_router_worker.text.pooling import Kind, Pooling, finished, read_pooling
 
 __all__ = ["EmbeddingEngine"]
 
-# Padded tokens of one step: what bounds its memory, and how long a cancel or another request waits.
-_BATCH_TOKENS: Final = 4096
 _MESSAGE_BYTES: Final = 8 * 2**20
 
 
-@dataclass(slots=True)
-class _Job:
-    request: EmbeddingRequest
-    inputs: list[list[int]]
-    vectors: dict[int, np.ndarray[Any, np.dtype[np.float32]]] = field(default_factory=dict)
-
-
-class EmbeddingEngine(MlxBase):
+class EmbeddingEngine(JobEngine[list[int]]):
     """Implements ``Engine`` for embeddings; what is particular to decoders is in four methods."""
 
     default_pooling: Kind = "lasttoken"
-
-    def __init__(self, _send_bytes: Callable[[bytes], None]) -> None:
-        super().__init__()
-        self._jobs: dict[str, _Job] = {}
-        self._order: deque[tuple[str, int]] = deque()
-        self._pooling = Pooling()
+    _pooling = Pooling()
 
     def load(self, load: Load, report: Report) -> ModelFacts:
         self._load_model(load, report)
@@ -65,16 +49,7 @@ class EmbeddingEngine(MlxBase):
             self._pooling = read_pooling(Path(load.path), self.default_pooling)
         except ValueError as error:
             raise LoadFailed(str(error)) from None
-        return ModelFacts(
-            context_tokens=self._context_tokens,
-            has_chat_template=False,
-            has_thinking=False,
-            has_tools=False,
-            weights_bytes=self._weights_bytes,
-            memory_bytes=mx.get_active_memory(),
-            weights_seconds=self._weights_seconds,
-            warm_up_seconds=0.0,
-        )
+        return self._facts()
 
     def warm_up(self) -> None:
         if mx.default_device() != mx.Device(mx.cpu):
@@ -113,9 +88,9 @@ class EmbeddingEngine(MlxBase):
         inputs = [self._fitted(tokens, request) for tokens in self._encoded(request)]
         if not inputs:
             raise InvalidRequest("there is nothing to embed", param="input")
-        self._jobs[request_id] = _Job(request, inputs)
-        self._order.extend((request_id, number) for number in range(len(inputs)))
-        return [Started(prompt_tokens=sum(map(len, inputs)))]
+        tokens = sum(map(len, inputs))
+        self._begin(request_id, Job(inputs, partial(self._events, request, tokens)))
+        return [Started(prompt_tokens=tokens)]
 
     def _encoded(self, request: EmbeddingRequest) -> list[list[int]]:
         if any(not 0 <= token < self._vocabulary for tokens in request.tokens for token in tokens):
@@ -134,35 +109,12 @@ class EmbeddingEngine(MlxBase):
             )
         return self._cut(tokens, limit)
 
-    def cancel(self, request_id: str) -> None:
-        if self._jobs.pop(request_id, None) is not None:
-            self._order = deque(item for item in self._order if item[0] != request_id)
+    def _length(self, piece: list[int]) -> int:
+        return len(piece)
 
-    @property
-    def streams(self) -> int:
-        return len(self._jobs)
-
-    def step(self) -> list[StreamEvents]:
-        """One batch; texts of different requests share it."""
-        lengths = [len(self._jobs[request_id].inputs[number]) for request_id, number in self._order]
-        chosen = [self._order[at] for at in batches(lengths, _BATCH_TOKENS)]
-        self._compute(chosen)
-        gone = set(chosen)
-        self._order = deque(item for item in self._order if item not in gone)
-        out = []
-        for request_id in dict.fromkeys(request_id for request_id, _ in chosen):
-            job = self._jobs[request_id]
-            if len(job.vectors) == len(job.inputs):
-                del self._jobs[request_id]
-                out.append(StreamEvents(request_id=request_id, events=self._events(job)))
-        if not self._jobs:
-            mx.clear_cache()
-        return out
-
-    def _compute(self, chosen: list[tuple[str, int]]) -> None:
-        rows = [self._jobs[request_id].inputs[number] for request_id, number in chosen]
-        states = self._states(rows).astype(mx.float32)
-        lengths = mx.array([len(row) for row in rows])
+    def _compute(self, pieces: list[list[int]]) -> list[Any]:
+        states = self._states(pieces).astype(mx.float32)
+        lengths = mx.array([len(row) for row in pieces])
         inside = (mx.arange(states.shape[1])[None] < lengths[:, None])[..., None]
         if self._pooling.kind == "mean":  # chosen, not multiplied: what is beyond the end may be no number
             pooled = mx.where(inside, states, 0).sum(axis=1) / lengths[:, None]
@@ -170,15 +122,11 @@ class EmbeddingEngine(MlxBase):
             pooled = mx.where(inside, states, -mx.inf).max(axis=1)
         else:
             at = lengths - 1 if self._pooling.kind == "lasttoken" else mx.zeros_like(lengths)
-            pooled = states[mx.arange(len(rows)), at]
-        vectors = np.array(pooled)
-        self._tokens_total += sum(map(len, rows))
-        for (request_id, number), vector in zip(chosen, vectors, strict=True):
-            self._jobs[request_id].vectors[number] = vector
+            pooled = states[mx.arange(len(pieces)), at]
+        return list(np.array(pooled))
 
-    def _events(self, job: _Job) -> list[Event]:
-        request = job.request
-        matrix = np.stack([job.vectors[number] for number in range(len(job.inputs))])
+    def _events(self, request: EmbeddingRequest, tokens: int, vectors: list[NDArray[np.float32]]) -> list[Event]:
+        matrix = np.stack(vectors)
         if request.dimensions is not None and request.dimensions > matrix.shape[1]:
             message = f"this model's vectors have {matrix.shape[1]} dimensions, not {request.dimensions}"
             return [Failure(code=InvalidRequest.code, message=message, param="dimensions")]
@@ -191,10 +139,5 @@ class EmbeddingEngine(MlxBase):
             Vectors(dimensions=matrix.shape[1], data=matrix[at : at + rows].tobytes())
             for at in range(0, len(matrix), rows)
         ]
-        usage = Usage(prompt_tokens=sum(map(len, job.inputs)), completion_tokens=0)
+        usage = Usage(prompt_tokens=tokens, completion_tokens=0)
         return [*events, usage, Finish(reason=FinishReason.STOP)]
-
-    def close(self) -> None:
-        self._jobs.clear()
-        self._order.clear()
-        super().close()

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,18 +28,16 @@ from mlx_router_shared.generation import (
     RerankRequest,
     Scores,
     Started,
-    StreamEvents,
     Usage,
 )
 from mlx_router_shared.protocol import Load, ModelFacts
 from mlx_router_worker.engine import Report
-from mlx_router_worker.mlx_base import MlxBase
 from mlx_router_worker.mlx_embedding import EmbeddingEngine
-from mlx_router_worker.text.pooling import Kind, batches
+from mlx_router_worker.mlx_jobs import Job, JobEngine
+from mlx_router_worker.text.pooling import Kind
 
 __all__ = ["EncoderEngine", "RerankEngine"]
 
-_BATCH_TOKENS: Final = 4096
 _LONGEST: Final = 8192
 
 
@@ -114,22 +110,15 @@ class EncoderEngine(EmbeddingEngine):
         return self._model(tokens, attention_mask=mask).last_hidden_state
 
 
-@dataclass(slots=True)
-class _Job:
-    pairs: list[tuple[list[int], list[int]]]
-    """Tokens and their segments, one for each document."""
-    scores: dict[int, float]
+Pair = tuple[list[int], list[int]]
+"""The tokens of a query and a document, and which of the two each belongs to."""
 
 
-class RerankEngine(MlxBase):
+class RerankEngine(JobEngine[Pair]):
     """Implements ``Engine`` for rerankers: one number for a query and a document, between 0 and 1."""
 
-    def __init__(self, _send_bytes: Callable[[bytes], None]) -> None:
-        super().__init__()
-        self._jobs: dict[str, _Job] = {}
-        self._order: deque[tuple[str, int]] = deque()
-        self._pad = 0
-        self._segments = False
+    _pad = 0
+    _segments = False
 
     def load(self, load: Load, report: Report) -> ModelFacts:
         self._apply_limits(load.memory_limit_bytes, load.cache_limit_bytes)
@@ -140,26 +129,18 @@ class RerankEngine(MlxBase):
         self._model, _ = load_reranker(str(folder))
         _steady(self._model, config)
         self._weights_bytes = self._evaluate(report)
+        self._weights_seconds = time.perf_counter() - started
         self._note_config(load, config)
         self._context_tokens = min(_context_of(config), load.context_tokens or _LONGEST)
         self._tokenizer = _tokenizer_of(folder)
         self._pad = int(config.get("pad_token_id") or 0)
         # Models with one segment would read behind the end of their table for a second one.
         self._segments = int(config.get("type_vocab_size") or 0) > 1
-        return ModelFacts(
-            context_tokens=self._context_tokens,
-            has_chat_template=False,
-            has_thinking=False,
-            has_tools=False,
-            weights_bytes=self._weights_bytes,
-            memory_bytes=mx.get_active_memory(),
-            weights_seconds=time.perf_counter() - started,
-            warm_up_seconds=0.0,
-        )
+        return self._facts()
 
     def warm_up(self) -> None:
         if mx.default_device() != mx.Device(mx.cpu):
-            self._scores([([0, 0], [0, 0])])
+            self._compute([([0, 0], [0, 0])])
 
     def submit(self, request_id: str, request: Request) -> list[Event]:
         if not isinstance(request, RerankRequest):
@@ -167,11 +148,11 @@ class RerankEngine(MlxBase):
         pairs = [self._pair(request.query, document) for document in request.documents]
         if not pairs:
             raise InvalidRequest("there is nothing to rank", param="documents")
-        self._jobs[request_id] = _Job(pairs, {})
-        self._order.extend((request_id, number) for number in range(len(pairs)))
-        return [Started(prompt_tokens=sum(len(tokens) for tokens, _ in pairs))]
+        tokens = sum(map(self._length, pairs))
+        self._begin(request_id, Job(pairs, partial(self._events, tokens)))
+        return [Started(prompt_tokens=tokens)]
 
-    def _pair(self, query: str, document: str) -> tuple[list[int], list[int]]:
+    def _pair(self, query: str, document: str) -> Pair:
         """A document is cut at its end; a query that leaves no room for one is refused."""
         encoded = self._tokenizer.encode(query, document)
         over = len(encoded.ids) - self._context_tokens
@@ -184,41 +165,16 @@ class RerankEngine(MlxBase):
         shorter = self._tokenizer.encode(query, document[:end])
         return list(shorter.ids)[: self._context_tokens], list(shorter.type_ids)[: self._context_tokens]
 
-    def cancel(self, request_id: str) -> None:
-        if self._jobs.pop(request_id, None) is not None:
-            self._order = deque(item for item in self._order if item[0] != request_id)
+    def _length(self, piece: Pair) -> int:
+        return len(piece[0])
 
-    @property
-    def streams(self) -> int:
-        return len(self._jobs)
-
-    def step(self) -> list[StreamEvents]:
-        lengths = [len(self._jobs[request_id].pairs[number][0]) for request_id, number in self._order]
-        chosen = [self._order[at] for at in batches(lengths, _BATCH_TOKENS)]
-        found = self._scores([self._jobs[request_id].pairs[number] for request_id, number in chosen])
-        for (request_id, number), score in zip(chosen, found, strict=True):
-            self._jobs[request_id].scores[number] = score
-        gone = set(chosen)
-        self._order = deque(item for item in self._order if item not in gone)
-        out = []
-        for request_id in dict.fromkeys(request_id for request_id, _ in chosen):
-            job = self._jobs[request_id]
-            if len(job.scores) == len(job.pairs):
-                del self._jobs[request_id]
-                scores = Scores(scores=[job.scores[number] for number in range(len(job.pairs))])
-                usage = Usage(prompt_tokens=sum(len(tokens) for tokens, _ in job.pairs), completion_tokens=0)
-                events: list[Event] = [scores, usage, Finish(reason=FinishReason.STOP)]
-                out.append(StreamEvents(request_id=request_id, events=events))
-        return out
-
-    def _scores(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
-        tokens, mask = _padded([tokens for tokens, _ in pairs], self._pad)
-        more = {"token_type_ids": _padded([segments for _, segments in pairs], 0)[0]} if self._segments else {}
+    def _compute(self, pieces: list[Pair]) -> list[Any]:
+        tokens, mask = _padded([tokens for tokens, _ in pieces], self._pad)
+        more = {"token_type_ids": _padded([segments for _, segments in pieces], 0)[0]} if self._segments else {}
         logits = self._model(tokens, attention_mask=mask, **more).logits[:, 0].astype(mx.float32)
-        self._tokens_total += sum(len(tokens) for tokens, _ in pairs)
         return [float(score) for score in np.array(mx.sigmoid(logits))]
 
-    def close(self) -> None:
-        self._jobs.clear()
-        self._order.clear()
-        super().close()
+    @staticmethod
+    def _events(tokens: int, scores: list[float]) -> list[Event]:
+        usage = Usage(prompt_tokens=tokens, completion_tokens=0)
+        return [Scores(scores=scores), usage, Finish(reason=FinishReason.STOP)]

@@ -24,6 +24,7 @@ from mlx_router_server.api.errors import error_response
 from mlx_router_server.api.heartbeat import Heartbeat, beating
 from mlx_router_server.api.server import Server, server_of
 from mlx_router_server.api.wishes import read_wishes
+from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.dialects.call import Call, Moment, StreamRenderer, Transcript
 from mlx_router_server.dialects.statuses import for_the_public
 from mlx_router_server.workers.lease import Lease
@@ -32,7 +33,7 @@ from mlx_router_shared.errors import InvalidRequest, MlxRouterError
 from mlx_router_shared.generation import Event, Failure, Finish, error_of
 from mlx_router_shared.generation import Request as CanonicalRequest
 
-__all__ = ["Answer", "AnswerStyle", "answer", "load_only", "refuse_ignored"]
+__all__ = ["Answer", "AnswerStyle", "admit", "answer", "load_only"]
 
 log = logging.getLogger(__name__)
 
@@ -57,22 +58,24 @@ async def load_only(server: Server, plan: LoadPlan, wishes: Wishes) -> float:
         return lease.waited_seconds
 
 
-def refuse_ignored(server: Server, call: Call) -> None:
-    """Where the operator is strict, a field that would change nothing is an error."""
+async def admit(request: Request, call: Call) -> ModelEntry:
+    """The model that a call is for, if it may be asked that. Raises before a model is touched."""
+    server = server_of(request)
     if server.settings.strict and call.ignored:
         names = ", ".join(call.ignored)
         raise InvalidRequest(f"this server ignores {names}, and its operator wants that refused", param=call.ignored[0])
-
-
-async def answer(request: Request, call: Call, style: AnswerStyle) -> Answer:
-    """What every inference handler returns. Raises before a model is touched."""
-    server = server_of(request)
-    refuse_ignored(server, call)
     if not call.model.strip() and not server.settings.default_model:
         raise InvalidRequest("model is required", param="model")
     entry = await server.resolve(call.model)
     server.check_capabilities(entry, call.model, call.needs)
-    return Answer(server, server.plan(entry), call, read_wishes(request, call.keep_alive_seconds), style)
+    return entry
+
+
+async def answer(request: Request, call: Call, style: AnswerStyle) -> Answer:
+    """What every inference handler returns."""
+    server = server_of(request)
+    plan = server.plan(await admit(request, call))
+    return Answer(server, plan, call, read_wishes(request, call.keep_alive_seconds), style)
 
 
 class Answer:

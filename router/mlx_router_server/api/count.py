@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-from mlx_router_server.api.answer import refuse_ignored
+from mlx_router_server.api.answer import admit
 from mlx_router_server.api.disconnect import unless_client_leaves
 from mlx_router_server.api.server import server_of
 from mlx_router_server.dialects.call import Call
-from mlx_router_shared.errors import InvalidRequest
 from mlx_router_shared.generation import CountRequest, GenerationRequest
 
 __all__ = ["count_tokens"]
@@ -16,14 +15,11 @@ __all__ = ["count_tokens"]
 
 async def count_tokens(request: Request, call: Call) -> tuple[int, str]:
     """The length of the prompt, and its text. Loads no model, waits for none."""
-    server = server_of(request)
-    refuse_ignored(server, call)
-    if not call.model.strip() and not server.settings.default_model:
-        raise InvalidRequest("model is required", param="model")
-    entry = await server.resolve(call.model)
-    server.check_capabilities(entry, call.model, call.needs)
+    entry = await admit(request, call)
     (asked,) = call.requests
     assert isinstance(asked, GenerationRequest)
-    counting = server.supervisor.count(entry.files.engine, CountRequest(path=str(entry.path.absolute()), request=asked))
+    counting = server_of(request).supervisor.count(
+        entry.files.engine, CountRequest(path=str(entry.path.absolute()), request=asked)
+    )
     counted = await unless_client_leaves(request.receive, counting)
     return counted.tokens, counted.text

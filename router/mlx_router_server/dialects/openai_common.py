@@ -20,6 +20,7 @@ __all__ = [
     "check_ranges",
     "first_said",
     "function_name",
+    "is_token_ids",
     "read_effort",
     "read_part",
     "sampling_of",
@@ -179,3 +180,12 @@ def _allowed_tools(tools: list[Tool], choice: dict[str, Any]) -> ToolUse:
                              param="tool_choice")  # fmt: skip
     offered = [tool for tool in tools if tool.name in names]
     return ToolUse(offered, [tool.name for tool in offered] if said.get("mode") == "required" else [])
+
+
+def is_token_ids(value: Any) -> bool:
+    """Whether this is a list of whole numbers that could be token ids; which of them a model has, it says itself."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(token, int) and not isinstance(token, bool) and -(2**31) <= token < 2**31 for token in value)
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Final
 
 from msgspec import Struct, field
@@ -17,6 +16,7 @@ from mlx_router_server.dialects.openai_common import (
     SamplingFields,
     check_ranges,
     first_said,
+    is_token_ids,
     read_effort,
     read_part,
     sampling_of,
@@ -27,25 +27,18 @@ from mlx_router_server.dialects.schemas import ANY_OBJECT, schema_text
 from mlx_router_server.durations import parse_duration
 from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
 from mlx_router_shared.generation import (
-    EmbeddingRequest,
     GenerationRequest,
     Message,
-    RerankRequest,
     Role,
     ToolCall,
 )
 
 __all__ = [
     "CHAT_FIELDS",
+    "ACCOUNTING",
     "COMPLETION_FIELDS",
-    "EMBEDDING_FIELDS",
-    "RERANK_FIELDS",
-    "EmbeddingCall",
-    "RerankCall",
     "parse_chat_completion",
     "parse_completion",
-    "parse_embeddings",
-    "parse_rerank",
     "read_response_format",
 ]
 
@@ -59,7 +52,6 @@ _ROLES: Final = {
 }
 _COMPLETION_TOKENS: Final = 16  # OpenAI's own default for /v1/completions
 _MOST_CHOICES: Final = 64
-_MOST_INPUTS: Final = 2048
 
 
 class _StreamOptions(Struct, kw_only=True):
@@ -98,23 +90,6 @@ class _CompletionBody(_Common, kw_only=True):
     logprobs: Int64 | None = None
 
 
-class _EmbeddingBody(Struct, kw_only=True):
-    model: str = ""
-    input: Any = None
-    encoding_format: str = "float"
-    dimensions: Int64 | None = None
-    keep_alive: Any = None
-
-
-class _RerankBody(Struct, kw_only=True):
-    model: str = ""
-    query: str = ""
-    documents: list[str | dict[str, Any]] = field(default_factory=list)
-    top_n: Int64 | None = None
-    return_documents: bool = False
-    keep_alive: Any = None
-
-
 class _Function(Struct, kw_only=True):
     name: str
     arguments: str = ""
@@ -135,17 +110,17 @@ class _Message(Struct, kw_only=True):
     reasoning: str = ""
 
 
-_ACCOUNTING: Final = "accounting of a hosted service; nothing here depends on it"
+ACCOUNTING: Final = "accounting of a hosted service; nothing here depends on it"
 _IGNORED: Final = {
-    "user": _ACCOUNTING,
-    "safety_identifier": _ACCOUNTING,
-    "metadata": _ACCOUNTING,
+    "user": ACCOUNTING,
+    "safety_identifier": ACCOUNTING,
+    "metadata": ACCOUNTING,
     "store": "nothing of a completion is kept here",
-    "service_tier": _ACCOUNTING,
+    "service_tier": ACCOUNTING,
     "prompt_cache_key": "what was read of a prompt is not kept for the next request",
     "prompt_cache_retention": "as prompt_cache_key",
     "prompt_cache_options": "as prompt_cache_key",
-    "moderation": _ACCOUNTING,
+    "moderation": ACCOUNTING,
     "verbosity": "no model here knows it",
     "prediction": "a hint for speed",
 }
@@ -187,18 +162,6 @@ COMPLETION_FIELDS: Final = FieldRules(
         "suffix": "for models whose vocabulary has tokens for filling in",
         "max_tokens": f"{_COMPLETION_TOKENS} if absent; 0 with echo",
     },
-)
-EMBEDDING_FIELDS: Final = FieldRules(
-    route="POST /v1/embeddings",
-    body=_EmbeddingBody,
-    ignored={"user": _ACCOUNTING},
-    notes={
-        "input": f"text, token ids of the model, or up to {_MOST_INPUTS} of either",
-        "dimensions": "the first components, with unit length",
-    },
-)
-RERANK_FIELDS: Final = FieldRules(
-    route="POST /v1/rerank, /api/rerank", body=_RerankBody, notes={"documents": "texts, or objects with text"}
 )
 
 
@@ -399,102 +362,8 @@ def _prompts(prompt: str | list[Any]) -> list[tuple[str | None, list[int]]]:
 def _prompt(prompt: Any) -> tuple[str | None, list[int]]:
     if isinstance(prompt, str) and prompt:
         return prompt, []
-    if _is_token_ids(prompt):
+    if is_token_ids(prompt):
         return None, prompt
     if prompt in ("", []):
         raise InvalidRequest("prompt must not be empty", param="prompt")
     raise InvalidRequest("prompt must be text or a list of token ids", param="prompt")
-
-
-def _is_token_ids(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(token, int) and not isinstance(token, bool) and -(2**31) <= token < 2**31 for token in value)
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddingCall:
-    """A request for vectors, and how they are wanted."""
-
-    call: Call
-    as_base64: bool
-
-
-def parse_embeddings(body: bytes) -> EmbeddingCall:
-    """Raises ``InvalidRequest`` with ``param``; nothing was looked up yet."""
-    data = read_object(body, empty="EOF")
-    embedding = convert(data, _EmbeddingBody)
-    ignored = EMBEDDING_FIELDS.check(data)
-    if embedding.encoding_format not in ("float", "base64"):
-        raise InvalidRequest(
-            f"Invalid value for 'encoding_format' = {embedding.encoding_format}. "
-            "Supported values: ['float', 'base64'].",
-            param="encoding_format",
-        )
-    if embedding.dimensions is not None and embedding.dimensions < 1:
-        raise InvalidRequest("dimensions must be at least 1", param="dimensions")
-    texts, tokens = _inputs(embedding.input)
-    request = EmbeddingRequest(texts=texts, tokens=tokens, truncate=False, dimensions=embedding.dimensions)
-    return EmbeddingCall(_other_call(embedding, request, Needs.EMBEDDING, "embeddings", ignored),
-                         embedding.encoding_format == "base64")  # fmt: skip
-
-
-def _inputs(value: Any) -> tuple[list[str], list[list[int]]]:
-    if isinstance(value, str):
-        value = [value]
-    if _is_token_ids(value):
-        value = [value]
-    if not isinstance(value, list) or not value:
-        raise InvalidRequest("invalid input", param="input")
-    if len(value) > _MOST_INPUTS:
-        raise InvalidRequest(f"invalid input: more than {_MOST_INPUTS} items", param="input")
-    if all(isinstance(item, str) and item for item in value):
-        return value, []
-    if all(_is_token_ids(item) for item in value):
-        return [], value
-    raise InvalidRequest("invalid input: texts that are not empty, or lists of token ids", param="input")
-
-
-@dataclass(frozen=True, slots=True)
-class RerankCall:
-    """A request for scores, and which of them are wanted."""
-
-    call: Call
-    documents: list[str]
-    top_n: int
-    with_documents: bool
-
-
-def parse_rerank(body: bytes) -> RerankCall:
-    """Raises ``InvalidRequest`` with ``param``; nothing was looked up yet."""
-    data = read_object(body, empty="EOF")
-    rerank = convert(data, _RerankBody)
-    ignored = RERANK_FIELDS.check(data)
-    if not rerank.query:
-        raise InvalidRequest("query is required", param="query")
-    documents = [item if isinstance(item, str) else item.get("text") for item in rerank.documents]
-    if not documents or not all(isinstance(text, str) for text in documents):
-        raise InvalidRequest("documents has to be a list of texts", param="documents")
-    if len(documents) > _MOST_INPUTS:
-        raise InvalidRequest(f"documents holds more than {_MOST_INPUTS} items", param="documents")
-    if rerank.top_n is not None and rerank.top_n < 1:
-        raise InvalidRequest("top_n must be at least 1", param="top_n")
-    texts = [str(text) for text in documents]
-    request = RerankRequest(query=rerank.query, documents=texts)
-    call = _other_call(rerank, request, Needs.RERANK, "rerank", ignored)
-    return RerankCall(call, texts, rerank.top_n or len(texts), rerank.return_documents)
-
-
-def _other_call(
-    body: _EmbeddingBody | _RerankBody, request: EmbeddingRequest | RerankRequest, need: Needs, what: str,
-    ignored: tuple[str, ...],
-) -> Call:  # fmt: skip
-    return Call(
-        model=body.model,
-        requests=(request,),
-        keep_alive_seconds=None if body.keep_alive is None else parse_duration(body.keep_alive),
-        needs={need: Need('"{name}" does not support ' + what)},
-        ignored=ignored,
-    )
