@@ -21,6 +21,7 @@ def _check(events: list[Event]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_hundred_of_a_hundred_alone_and_in_batches_of_sixteen(models_dir: Path) -> None:
     engine = MlxEngine(lambda data: None)
     load = Load(model="small", path=str(models_dir / "small"), context_tokens=0, parallel=16)
