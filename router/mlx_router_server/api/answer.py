@@ -38,6 +38,7 @@ __all__ = ["Answer", "AnswerStyle", "admit", "answer", "load_only"]
 log = logging.getLogger(__name__)
 
 _LONGEST_HEADER: Final = 1000
+_LARGE_BYTES: Final = 256 * 2**10  # of vectors; writing more than that as text takes milliseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +145,11 @@ class Answer:
             async for choice, events in batches:
                 for event in events:
                     transcripts[choice].add(event)
-        body = msgspec.json.encode(self._style.whole(transcripts, self._moment()))
+        if sum(len(vector) for transcript in transcripts for vector in transcript.vectors) > _LARGE_BYTES:
+            whole = await asyncio.to_thread(self._style.whole, transcripts, self._moment())
+        else:
+            whole = self._style.whole(transcripts, self._moment())
+        body = msgspec.json.encode(whole)
         if self._style.on_end is not None:
             self._style.on_end(transcripts)
         headers = [(b"content-length", str(len(body)).encode())]

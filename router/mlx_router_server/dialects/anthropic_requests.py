@@ -100,6 +100,7 @@ MESSAGE_FIELDS: Final = FieldRules(
 COUNT_FIELDS: Final = FieldRules(
     route="POST /v1/messages/count_tokens",
     body=_CountBody,
+    notes={"messages": "images are not counted: how many tokens one takes is known only where the model is loaded"},
     ignored={**_IGNORED, **dict.fromkeys(("max_tokens", "stream", "temperature"), "does not change the prompt")},
     refused={"mcp_servers": "this server talks to no MCP servers"},
 )

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from mlx_router_server.dialects.call import Moment, Transcript
-from mlx_router_server.dialects.vectors import floats
+from mlx_router_server.dialects.vectors import as_json
 from mlx_router_shared.errors import MlxRouterError
 from mlx_router_shared.generation import (
     ContextTokens,
@@ -92,7 +92,7 @@ def rendered_prompt(kind: Kind, model: str, now: float, prompt: str, images: int
 
 def embed_answer(model: str, transcript: Transcript | None, moment: Moment) -> dict[str, Any]:
     """The answer of /api/embed; None where there was nothing to embed."""
-    answer: dict[str, Any] = {"model": model, "embeddings": [floats(vector) for vector in _vectors(transcript)]}
+    answer: dict[str, Any] = {"model": model, "embeddings": [as_json(vector) for vector in _vectors(transcript)]}
     if transcript is not None:
         answer["total_duration"] = _nanoseconds(moment.total_seconds)
         answer["load_duration"] = _nanoseconds(moment.load_seconds)
@@ -103,7 +103,7 @@ def embed_answer(model: str, transcript: Transcript | None, moment: Moment) -> d
 def embeddings_answer(transcript: Transcript | None) -> dict[str, Any]:
     """The answer of the older /api/embeddings."""
     vectors = _vectors(transcript)
-    return {"embedding": floats(vectors[0]) if vectors else []}
+    return {"embedding": as_json(vectors[0]) if vectors else []}
 
 
 def _vectors(transcript: Transcript | None) -> list[bytes]:

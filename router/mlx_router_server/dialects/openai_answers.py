@@ -9,7 +9,7 @@ import msgspec
 
 from mlx_router_server.dialects.call import Moment, Transcript, total_usage
 from mlx_router_server.dialects.statuses import status_of
-from mlx_router_server.dialects.vectors import floats
+from mlx_router_server.dialects.vectors import as_json
 from mlx_router_shared.errors import ErrorCode, MlxRouterError
 from mlx_router_shared.generation import (
     Event,
@@ -110,7 +110,7 @@ def embeddings_answer(model: str, transcripts: list[Transcript], *, as_base64: b
             {
                 "object": "embedding",
                 "index": number,
-                "embedding": base64.b64encode(vector).decode() if as_base64 else floats(vector),
+                "embedding": base64.b64encode(vector).decode() if as_base64 else as_json(vector),
             }
             for number, vector in enumerate(vectors)
         ],

@@ -38,11 +38,8 @@ class PromptRenderer:
         limit = self.context_of(request)
         messages = request.messages
         tokens = self._tokens(request, messages)
-        while is_chat(request) and request.truncate and len(tokens) >= limit:
-            shorter = drop_oldest(messages)
-            if shorter is None:
-                break
-            messages, tokens = shorter, self._tokens(request, shorter)
+        if is_chat(request) and request.truncate and len(tokens) >= limit:
+            messages, tokens = self._shortened(request, limit)
         if len(tokens) >= limit:
             raise ContextLengthExceeded(
                 f"input length ({len(tokens)} tokens) exceeds the model's maximum context length ({limit} tokens)",
@@ -52,6 +49,21 @@ class PromptRenderer:
         if not tokens:
             raise InvalidRequest("the prompt is empty")
         return tokens, len(request.messages) - len(messages)
+
+    def _shortened(self, request: GenerationRequest, limit: int) -> tuple[list[Message], list[int]]:
+        """The longest end of the conversation that fits, or its last turn. Found by halving: each try is a rendering of
+        its own, and other requests wait for it."""
+        shorter = [request.messages]
+        while (more := drop_oldest(shorter[-1])) is not None:
+            shorter.append(more)
+        low, high = 0, len(shorter) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if len(self._tokens(request, shorter[middle])) < limit:
+                high = middle
+            else:
+                low = middle + 1
+        return shorter[low], self._tokens(request, shorter[low])
 
     def count(self, request: GenerationRequest) -> tuple[int, str]:
         """The number of tokens of the whole prompt, and its text; does not mind whether it fits."""
