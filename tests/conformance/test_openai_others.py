@@ -91,6 +91,8 @@ def test_a_model_with_the_tokens_for_it_fills_in(fleet: RouterProcess) -> None:
     reply = call(fleet, "POST", "/v1/completions", body)
     assert reply.status == 200
     assert reply.json()["usage"]["completion_tokens"] == 5
+    plain = call(fleet, "POST", "/v1/completions", {**body, "suffix": None}).json()["usage"]["prompt_tokens"]
+    assert reply.json()["usage"]["prompt_tokens"] >= plain + 4, "the suffix and its markers are in the prompt"
     shown = call(fleet, "POST", "/api/show", {"model": "filler"}).json()
     assert "insert" in shown["capabilities"]
     generated = call(fleet, "POST", "/api/generate",
