@@ -8,18 +8,23 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
+from mlx_router_server.access.keys import KeyFileError, KeyRing, keys_file, local_key
 from mlx_router_server.api import admin, anthropic, errors, ollama, openai, responses
+from mlx_router_server.api.auth import Auth
 from mlx_router_server.api.edge import Edge
 from mlx_router_server.api.server import Server
 from mlx_router_server.catalogue.catalogue import Catalogue, Registered, Sources
 from mlx_router_server.catalogue.discovery import hub_cache
 from mlx_router_server.lifecycle.limits import Limits
 from mlx_router_server.lifecycle.queueing import BusyPolicy
-from mlx_router_server.settings import Settings, home_folder, load_settings, reloaded
+from mlx_router_server.settings import Settings, reloaded
+from mlx_router_server.settings_layers import home_folder, load_settings
+from mlx_router_server.telemetry.logs import configure_logs
 from mlx_router_server.workers.memory import default_budget, read_memory, wired_limit
 from mlx_router_server.workers.plan import SupervisorOptions
 from mlx_router_server.workers.supervisor import Supervisor
@@ -27,6 +32,8 @@ from mlx_router_server.workers.supervisor import Supervisor
 __all__ = ["create_app", "create_app_from_environment", "reload"]
 
 log = logging.getLogger(__name__)
+
+_KEYS_SECONDS: Final = 1.0
 
 
 def create_app(settings: Settings, home: Path | None = None) -> Starlette:
@@ -39,22 +46,30 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         catalogue = Catalogue(_sources(settings), settings.default_model)
         supervisor = Supervisor(_options(settings, home))
-        app.state.server = Server(settings, catalogue, supervisor)
+        keys = KeyRing(settings.api_keys, keys_file(home) if home is not None else None)
+        if home is not None:
+            keys.trust_local(await asyncio.to_thread(local_key, home, create=True))
+        await asyncio.to_thread(keys.refresh)  # a file that cannot be read must not mean that no keys are asked for
+        app.state.server = Server(settings, catalogue, supervisor, keys)
         await catalogue.start()
         await supervisor.start()
-        preloading = asyncio.create_task(_preload(app.state.server), name="preload")
+        tasks = [
+            asyncio.create_task(_preload(app.state.server), name="preload"),
+            asyncio.create_task(_watch_keys(keys), name="keys"),
+        ]
         try:
             yield
         finally:
-            preloading.cancel()
-            await asyncio.gather(preloading, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await supervisor.stop()
             await catalogue.stop()
 
     app = Starlette(
         routes=ollama.routes() + openai.routes() + responses.routes() + anthropic.routes() + admin.routes(),
         lifespan=lifespan,
-        middleware=[Middleware(Edge, bound_host=settings.host, allowed_origins=settings.allowed_origins)],
+        middleware=[Middleware(Edge, bound_host=settings.host), Middleware(Auth)],
     )
     errors.install(app)
     return app
@@ -62,7 +77,9 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
 
 def create_app_from_environment() -> Starlette:
     """For ``uvicorn --factory mlx_router_server.app:create_app_from_environment``."""
-    return create_app(load_settings({}, dict(os.environ)), home_folder(dict(os.environ)))
+    settings = load_settings({}, dict(os.environ))
+    configure_logs(settings.log_level, settings.log_format)
+    return create_app(settings, home_folder(dict(os.environ)))
 
 
 async def reload(app: Starlette, new: Settings, home: Path | None = None) -> None:
@@ -70,6 +87,7 @@ async def reload(app: Starlette, new: Settings, home: Path | None = None) -> Non
     server: Server = app.state.server
     settings, waiting = reloaded(server.settings, new)
     await server.reload(settings, _sources(settings), _options(settings, home))
+    configure_logs(settings.log_level, settings.log_format)
     log.info("event=reloaded models=%d waiting_for_restart=%r", len(settings.models), ",".join(waiting))
 
 
@@ -77,6 +95,17 @@ async def _preload(server: Server) -> None:
     """Beside the listener, which is open meanwhile."""
     await server.catalogue.wait_ready()
     server.preload()
+
+
+async def _watch_keys(keys: KeyRing) -> None:
+    """Keys that are added or taken away count within a second."""
+    while True:
+        await asyncio.sleep(_KEYS_SECONDS)
+        try:
+            if await asyncio.to_thread(keys.refresh):
+                log.info("event=keys_changed")
+        except KeyFileError as error:
+            log.error("event=keys_refused error=%r", str(error))
 
 
 def _sources(settings: Settings) -> Sources:

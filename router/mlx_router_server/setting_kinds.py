@@ -5,15 +5,31 @@ Each raises ``ValueError`` (or ``InvalidRequest``, for durations) with a few wor
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from mlx_router_server.durations import parse_duration
 
-__all__ = ["boolean", "duration", "integer", "names", "one_of", "paths", "port", "seconds", "size", "text"]
+__all__ = [
+    "boolean",
+    "duration",
+    "integer",
+    "names",
+    "one_of",
+    "options",
+    "path",
+    "paths",
+    "port",
+    "schema_of",
+    "seconds",
+    "shown",
+    "size",
+    "text",
+]
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
@@ -79,10 +95,22 @@ def text(value: object) -> str:
 def one_of(*choices: str) -> Callable[[object], str]:
     def parse(value: object) -> str:
         if value not in choices:
-            raise ValueError(f"not one of {', '.join(choices)}")
+            raise ValueError(f"not one of {', '.join(choice or 'nothing' for choice in choices)}")
         return str(value)
 
+    parse.__dict__["choices"] = choices
     return parse
+
+
+def path(value: object) -> Path:
+    return Path(text(value)).expanduser().absolute()
+
+
+def options(value: object) -> dict[str, Any]:
+    """A table; what is in it is checked where its names are known."""
+    if not isinstance(value, dict):
+        raise ValueError("not a table")
+    return value
 
 
 def paths(value: object) -> tuple[Path, ...]:
@@ -101,3 +129,42 @@ def names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         raise ValueError("not a list")
     return tuple(text(part) for part in value)
+
+
+# ----------------------------------------------------------------------------------------------- the way back
+
+
+def shown(value: Any, *, secret: bool = False) -> Any:
+    """A value as a file would have it; for ever is -1."""
+    if secret:
+        return ["****" for _ in value]
+    if isinstance(value, float):
+        return -1 if math.isinf(value) else int(value) if value == int(value) else value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return [shown(part) for part in value]
+    return value
+
+
+_TEXTS: Final = {"type": "array", "items": {"type": "string"}}
+_SCHEMAS: Final[dict[Callable[[object], Any], dict[str, Any]]] = {
+    boolean: {"type": "boolean"},
+    duration: {"type": ["number", "string"]},
+    integer: {"type": "integer", "minimum": 0},
+    names: _TEXTS,
+    options: {"type": "object"},
+    path: {"type": "string"},
+    paths: _TEXTS,
+    port: {"type": "integer", "minimum": 0, "maximum": 65535},
+    seconds: {"type": "number", "minimum": 0},
+    size: {"type": ["integer", "string"], "minimum": 0},
+    text: {"type": "string"},
+}
+
+
+def schema_of(kind: Callable[[object], Any]) -> dict[str, Any]:
+    """What a file may say, as a JSON schema."""
+    if choices := getattr(kind, "choices", None):
+        return {"type": "string", "enum": list(choices)}
+    return dict(_SCHEMAS[kind])

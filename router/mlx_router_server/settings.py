@@ -1,8 +1,8 @@
 """One table of settings behind the file, the environment, the flags, --help, the docs and /admin/config.
 
 Each field of ``Settings`` is one setting: its name is the key in the file, ``MLX_ROUTER_<NAME>`` in the environment
-and ``--<name>`` on the command line. Precedence: default < file < Ollama's variables < our variables < flags. Frozen
-after load; handlers get the object, never a copy of a value.
+and ``--<name>`` on the command line; ``settings_layers`` puts them on top of each other. Frozen after load; handlers
+get the object, never a copy of a value.
 """
 
 from __future__ import annotations
@@ -10,33 +10,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from mlx_router_server import setting_kinds as kinds
-from mlx_router_shared.errors import InvalidRequest
 
 __all__ = [
-    "CONFIG_VERSION",
     "ModelSettings",
     "Settings",
-    "SettingsError",
+    "describe_model_settings",
     "describe_settings",
     "flags_of",
-    "home_folder",
-    "load_settings",
     "reloaded",
+    "shown_settings",
 ]
-
-CONFIG_VERSION: Final = 1
-
-
-class SettingsError(Exception):
-    """A setting that cannot be used; one sentence that names it and where it came from."""
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -50,9 +39,11 @@ def _setting(
     unit: str = "",
     ollama: str = "",
     restart: bool = False,
+    secret: bool = False,
 ) -> Any:
-    """``restart``: a change takes effect when the router starts the next time, not when it reloads."""
-    metadata = {"parse": parse, "help": text, "unit": unit, "ollama": ollama, "restart": restart}
+    """``restart``: a change takes effect when the router starts the next time, not when it reloads. ``secret``: its
+    value is shown to nobody."""
+    metadata = {"parse": parse, "help": text, "unit": unit, "ollama": ollama, "restart": restart, "secret": secret}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -60,32 +51,29 @@ def _setting(
 class ModelSettings:
     """What the configuration says of one model, under ``[models."name"]``."""
 
-    path: Path | None = None
-    repo: str | None = None
-    aliases: tuple[str, ...] = ()
-    preload: bool = False
-    pinned: bool = False
-    keep_alive: float | None = None
-    keep_alive_min: float = 0.0
-    keep_alive_max: float = math.inf
-    keep_alive_lock: bool = False
-    context_length: int | None = None
-    memory: int | None = None
-
-
-_MODEL_KEYS: Final[dict[str, Callable[[object], Any]]] = {
-    "path": lambda value: Path(kinds.text(value)).expanduser().absolute(),
-    "repo": kinds.text,
-    "aliases": kinds.names,
-    "preload": kinds.boolean,
-    "pinned": kinds.boolean,
-    "keep_alive": kinds.duration,
-    "keep_alive_min": kinds.duration,
-    "keep_alive_max": kinds.duration,
-    "keep_alive_lock": kinds.boolean,
-    "context_length": kinds.integer,
-    "memory": kinds.size,
-}
+    path: Path | None = _setting(None, kinds.path, "The folder that it lies in.")
+    repo: str | None = _setting(
+        None, kinds.text, "Instead of a folder: the repository in the Hugging Face cache, as ORG/NAME."
+    )
+    aliases: tuple[str, ...] = _setting((), kinds.names, "Other names for it.")
+    preload: bool = _setting(False, kinds.boolean, "Load it when the router starts.")
+    pinned: bool = _setting(False, kinds.boolean, "Never evict it, nor unload it when it is idle.")
+    keep_alive: float | None = _setting(None, kinds.duration, "How long it stays loaded when idle.", unit="seconds")
+    keep_alive_min: float = _setting(0.0, kinds.duration, "The least that a request may ask for.", unit="seconds")
+    keep_alive_max: float = _setting(math.inf, kinds.duration, "The most that a request may ask for.", unit="seconds")
+    keep_alive_lock: bool = _setting(False, kinds.boolean, "Requests cannot change keep_alive at all.")
+    context_length: int | None = _setting(None, kinds.integer, "Longest prompt plus answer.", unit="tokens")
+    memory: int | None = _setting(
+        None, kinds.size, "What it needs at most, instead of an estimate and what was measured.", unit="bytes"
+    )
+    adapter: Path | None = _setting(None, kinds.path, "A folder with a LoRA adapter that is put on its weights.")
+    system: str = _setting("", kinds.text, "System prompt of conversations that bring none.")
+    options: dict[str, Any] = _setting(
+        None, kinds.options, "Sampling options, by Ollama's names, where a request says nothing."
+    )
+    kind: str = _setting(
+        "", kinds.one_of("", "chat", "embedding"), "What it is taken for, where its content tells it wrong."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +89,20 @@ class Settings:
     demo_model: bool = _setting(True, kinds.boolean, "Register the bundled demo model as 'demo'.")
     default_model: str = _setting("", kinds.text, "Model for requests that name none; empty refuses them.")
     on_demand: bool = _setting(True, kinds.boolean, "Load a local model when a request names it.")
+    allow_download: bool = _setting(
+        False, kinds.boolean, "Download a model that a request names, if download_allowlist has it; pulls need no "
+        "permission.",
+    )  # fmt: skip
+    download_allowlist: tuple[str, ...] = _setting(
+        (), kinds.names, "Repositories that a request may have downloaded: ORG/NAME, * stands for anything."
+    )
+    download_timeout_seconds: float = _setting(
+        7200.0, kinds.seconds, "Longest time for the download of a model that a request named; 0 is no limit.",
+        unit="seconds",
+    )  # fmt: skip
+    download_streams: int = _setting(
+        4, kinds.integer, "Files of a model that are downloaded at the same time.", ollama="OLLAMA_MAX_TRANSFER_STREAMS"
+    )
     memory_budget: int = _setting(
         0, kinds.size, "What all loaded models may use together; 0 finds out by itself.", unit="bytes"
     )
@@ -185,16 +187,45 @@ class Settings:
         200, kinds.integer, "Most answers of /v1/responses kept in memory for previous_response_id; 0 keeps none."
     )
     responses_keep_seconds: float = _setting(3600.0, kinds.seconds, "How long such an answer is kept.", unit="seconds")
+    api_keys: tuple[str, ...] = _setting(
+        (), kinds.names, "Keys that may do everything: as they are, or as sha256:HEX. `mlx-router keys add` makes keys "
+        "with limits.", secret=True,
+    )  # fmt: skip
+    insecure_bind: bool = _setting(
+        False, kinds.boolean, "Listen on an address that others can reach without asking for keys.", restart=True
+    )
     allowed_origins: tuple[str, ...] = _setting(
         (), kinds.names, "Web origins that may use the server beside those of this machine; * allows all.",
-        ollama="OLLAMA_ORIGINS", restart=True,
+        ollama="OLLAMA_ORIGINS",
+    )  # fmt: skip
+    allowed_hosts: tuple[str, ...] = _setting(
+        (), kinds.names, "Names by which the server may be called beside those of this machine; * allows all."
+    )
+    max_body_bytes: int = _setting(
+        32 * 2**20, kinds.size, "Longest body of a request; uploads of files for a new model are not bound by it.",
+        unit="bytes",
+    )  # fmt: skip
+    max_header_bytes: int = _setting(64 * 2**10, kinds.size, "All headers of a request together.", unit="bytes")
+    max_connections: int = _setting(
+        1024, kinds.integer, "Most connections at once; more are closed at once.", restart=True
+    )
+    request_timeout_seconds: float = _setting(
+        60.0, kinds.seconds, "Longest time for a request to arrive: its headers, and then each part of its body.",
+        unit="seconds",
     )  # fmt: skip
     log_level: str = _setting(
-        "info", kinds.one_of("debug", "info", "warning", "error"), "Least important lines to log.", restart=True
+        "info", kinds.one_of("debug", "info", "warning", "error"), "Least important lines to log."
+    )
+    log_format: str = _setting(
+        "text", kinds.one_of("text", "json"), "How lines are logged: for people, or as JSON, one object a line."
     )
     models: dict[str, ModelSettings] = dataclasses.field(default_factory=dict)
     name_map: dict[str, str] = dataclasses.field(default_factory=dict)
     """Patterns of foreign names, with ``*``, to names of ours; the first that fits counts."""
+    model_aliases: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Short names to repositories, beside those that ship."""
+    origins: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
+    """Where each setting that is not at its default came from."""
 
     @property
     def url(self) -> str:
@@ -208,6 +239,30 @@ def describe_settings() -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(Settings) if "parse" in field.metadata]
 
 
+def describe_model_settings() -> list[dataclasses.Field[Any]]:
+    """The same for one model's."""
+    return list(dataclasses.fields(ModelSettings))
+
+
+def shown_settings(settings: Settings) -> dict[str, Any]:
+    """Plain values for people and JSON, in the order of the table; secrets are masked."""
+    shown: dict[str, Any] = {
+        field.name: kinds.shown(getattr(settings, field.name), secret=field.metadata["secret"])
+        for field in describe_settings()
+    }
+    shown["models"] = {
+        name: {
+            field.name: kinds.shown(value)
+            for field in describe_model_settings()
+            if (value := getattr(said, field.name)) != field.default
+        }
+        for name, said in settings.models.items()
+    }
+    shown["name_map"] = dict(settings.name_map)
+    shown["model_aliases"] = dict(settings.model_aliases)
+    return shown
+
+
 def flags_of(options: argparse.Namespace) -> dict[str, object]:
     """What the command line says of settings; None for what it does not say."""
     return {field.name: getattr(options, field.name, None) for field in describe_settings()}
@@ -217,117 +272,5 @@ def reloaded(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
     """What holds after a reload, and the names of settings that have to wait for the next start."""
     fixed = [field.name for field in describe_settings() if field.metadata["restart"]]
     waiting = [name for name in fixed if getattr(old, name) != getattr(new, name)]
-    return dataclasses.replace(new, **{name: getattr(old, name) for name in waiting}), waiting
-
-
-def home_folder(environment: dict[str, str]) -> Path:
-    """Where state and the configuration live: ``MLX_ROUTER_HOME``, else the platform's usual place."""
-    if path := environment.get("MLX_ROUTER_HOME"):
-        return Path(path).expanduser()
-    if sys.platform == "darwin":
-        return Path("~/Library/Application Support/mlx-router").expanduser()
-    return Path(environment.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "mlx-router"
-
-
-# ------------------------------------------------------------------------------------------------- loading
-
-
-def load_settings(flags: dict[str, object], environment: dict[str, str], config: Path | None = None) -> Settings:
-    """Put the layers on top of each other. Raises ``SettingsError``.
-
-    ``config`` None reads ``config.toml`` in the home folder if it is there; a file that was named has to exist.
-    """
-    values: dict[str, object] = {}
-    file = config or home_folder(environment) / "config.toml"
-    if config is not None or file.exists():
-        values.update(_read_file(file))
-    values.update(_from_ollama(environment))
-    for field in describe_settings():
-        variable = f"MLX_ROUTER_{field.name.upper()}"
-        if variable in environment:
-            values[field.name] = _parse(field, environment[variable], variable)
-    for field in describe_settings():
-        if flags.get(field.name) is not None:
-            flag = "--" + field.name.replace("_", "-")
-            values[field.name] = _parse(field, flags[field.name], flag)
-    return Settings(**values)  # type: ignore[arg-type]  # each value went through its field's own parser
-
-
-def _parse(field: dataclasses.Field[Any], value: object, origin: str) -> object:
-    try:
-        return field.metadata["parse"](value)
-    except (ValueError, InvalidRequest) as error:
-        raise SettingsError(f"{origin}: {value!r}: {error}") from None
-
-
-def _read_file(file: Path) -> dict[str, object]:
-    try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"{file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file}: {error}") from None
-    version = data.pop("version", CONFIG_VERSION)
-    if version != CONFIG_VERSION:
-        raise SettingsError(f"{file}: version {version!r} is not known here; this release reads {CONFIG_VERSION}")
-    models = data.pop("models", {})
-    name_map = data.pop("name_map", {})
-    fields = {field.name: field for field in describe_settings()}
-    values: dict[str, object] = {}
-    for name, value in data.items():
-        if name not in fields:
-            raise SettingsError(f"{file}: there is no setting {name!r}")
-        values[name] = _parse(fields[name], value, f"{file}: {name}")
-    if not isinstance(models, dict):
-        raise SettingsError(f"{file}: models: not a table")
-    values["models"] = {name: _read_model(file, name, table) for name, table in models.items()}
-    if not isinstance(name_map, dict) or not all(isinstance(name, str) for name in name_map.values()):
-        raise SettingsError(f"{file}: name_map: not a table of names")
-    values["name_map"] = name_map
-    return values
-
-
-def _read_model(file: Path, name: str, table: object) -> ModelSettings:
-    origin = f"{file}: models.{name!r}"
-    if not isinstance(table, dict):
-        raise SettingsError(f"{origin}: not a table")
-    values = {}
-    for key, value in table.items():
-        if key not in _MODEL_KEYS:
-            raise SettingsError(f"{origin}: there is no setting {key!r} of a model")
-        try:
-            values[key] = _MODEL_KEYS[key](value)
-        except (ValueError, InvalidRequest) as error:
-            raise SettingsError(f"{origin}: {key}: {value!r}: {error}") from None
-    return ModelSettings(**values)
-
-
-def _from_ollama(environment: dict[str, str]) -> dict[str, object]:
-    """Ollama's own variables, for people who have them set; a value that Ollama would ignore is ignored here too."""
-    values: dict[str, object] = {}
-    for field in describe_settings():
-        text = environment.get(field.metadata["ollama"] or "", "").strip().strip("\"'")
-        if text:
-            parse = kinds.duration if field.name == "load_timeout_seconds" else field.metadata["parse"]
-            try:
-                value = parse(text)
-            except (ValueError, InvalidRequest):
-                continue
-            if field.name == "load_timeout_seconds" and math.isinf(value):
-                value = 0.0
-            values[field.name] = value
-    if host := environment.get("OLLAMA_HOST", "").strip().strip("\"'"):
-        values.update(_split_host(host))
-    return values
-
-
-def _split_host(text: str) -> dict[str, object]:
-    """``[scheme://]host[:port][/path]`` with Ollama's default ports."""
-    scheme, _, rest = text.rpartition("://")
-    rest = rest.split("/", 1)[0]
-    default = {"http": 80, "https": 443}.get(scheme, 11434)
-    host, colon, port = rest.rpartition(":")
-    if not colon or rest.endswith("]") or (":" in host.strip("[]") and not host.startswith("[")):
-        host, port = rest, ""
-    number = int(port) if port.isdigit() and int(port) <= 65535 else default
-    return {"host": host.strip("[]") or "0.0.0.0", "port": number}  # noqa: S104  # Ollama binds all for ":8080"
+    origins = {**new.origins, **{name: old.origins.get(name, "default") for name in waiting}}
+    return dataclasses.replace(new, origins=origins, **{name: getattr(old, name) for name in waiting}), waiting

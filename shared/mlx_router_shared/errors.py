@@ -8,6 +8,8 @@ code names. Each API maps codes to its own shapes and statuses in one table; nob
     │   ├── UnsupportedCapability   this model cannot do that
     │   ├── ContextLengthExceeded   the prompt is longer than the context
     │   └── PreviousResponseMissing what a request goes on from is not kept
+    ├── Unauthenticated             no key, or one that is nobody's
+    ├── Forbidden                   this caller may not do that
     ├── NotFound                    there is nothing at that address
     │   └── ModelNotFound           the name is nobody's
     ├── ModelTooLarge               would not fit, even alone
@@ -36,6 +38,7 @@ __all__ = [
     "ContextLengthExceeded",
     "EngineFailed",
     "ErrorCode",
+    "Forbidden",
     "InvalidRequest",
     "LoadFailed",
     "MemoryPinned",
@@ -48,6 +51,7 @@ __all__ = [
     "PreviousResponseMissing",
     "ProtocolError",
     "ShuttingDown",
+    "Unauthenticated",
     "Unavailable",
     "UnsupportedCapability",
     "WaitedTooLong",
@@ -64,6 +68,8 @@ class ErrorCode(StrEnum):
     UNSUPPORTED_CAPABILITY = "unsupported_capability"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     PREVIOUS_RESPONSE_MISSING = "previous_response_not_found"
+    UNAUTHENTICATED = "invalid_api_key"
+    FORBIDDEN = "forbidden"
     NOT_FOUND = "not_found"
     MODEL_NOT_FOUND = "model_not_found"
     MODEL_TOO_LARGE = "model_too_large"
@@ -120,6 +126,18 @@ class PreviousResponseMissing(InvalidRequest):
     """The response that a request wants to go on from is not, or no longer, kept."""
 
     code = ErrorCode.PREVIOUS_RESPONSE_MISSING
+
+
+class Unauthenticated(MlxRouterError):
+    """A key is wanted, and none came or one that is not valid."""
+
+    code = ErrorCode.UNAUTHENTICATED
+
+
+class Forbidden(MlxRouterError):
+    """Whoever asks may not do that, and another key or a setting would be needed."""
+
+    code = ErrorCode.FORBIDDEN
 
 
 class NotFound(MlxRouterError):

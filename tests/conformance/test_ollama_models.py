@@ -329,7 +329,7 @@ def test_origins_keys_and_an_empty_house(home: Any) -> None:
 
 @pytest.mark.covers("T019", "T023")
 def test_any_origin_and_any_host(home: Any) -> None:
-    with running_router(home, "--allowed-origins", "*", "--host", "0.0.0.0") as router:
+    with running_router(home, "--allowed-origins", "*", "--host", "0.0.0.0", "--insecure-bind", "true") as router:
         local = router.url.replace("0.0.0.0", "127.0.0.1")
         router.url = local
         assert (

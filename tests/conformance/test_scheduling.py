@@ -14,7 +14,7 @@ import anthropic
 import openai
 import pytest
 
-from mlx_router_server.settings import load_settings
+from mlx_router_server.settings_layers import load_settings
 from tests.support.fakes import fake_config
 from tests.support.http import call
 from tests.support.router import RouterProcess, running_router, wait_until

@@ -22,7 +22,8 @@ from mlx_router_server.dialects import (
 )
 from mlx_router_server.dialects.options import HONOURED_OPTIONS, IGNORED_OPTIONS
 from mlx_router_server.lifecycle.states import TRANSITIONS, State
-from mlx_router_server.settings import CONFIG_VERSION, describe_settings
+from mlx_router_server.settings import describe_settings
+from mlx_router_server.settings_layers import CONFIG_VERSION
 from mlx_router_shared import generation, protocol
 from tests.meta.checks import ALL_CHECKS, NOT_HERE, covered_checks
 from tests.meta.requirements import LATER, REQUIREMENTS, marked_tests
@@ -180,11 +181,19 @@ def _example() -> str:
         "# keep_alive_lock = false   # true: requests may not change it",
         "# context_length = 16384",
         '# memory = "9GB"   # instead of the estimate',
+        '# adapter = "/models/my-lora"   # a LoRA adapter that is put on its weights',
+        '# system = "You answer in one sentence."   # where a conversation brings no system prompt',
+        "# options = { temperature = 0.2, num_ctx = 8192 }   # where a request says nothing",
+        '# kind = "embedding"   # or "chat": where its files tell it wrong',
         "",
         "# Names that clients of other services send, to names of ours; the first that fits counts.",
         "# [name_map]",
         '# "claude-*opus*" = "assistant"',
         '# "gpt-*" = "assistant"',
+        "",
+        "# Short names beside those that ship (`mlx-router list --aliases`).",
+        "# [model_aliases]",
+        '# "house-model:8b" = "mlx-community/Qwen3-8B-4bit"',
     ]
     return "\n".join(lines) + "\n"
 

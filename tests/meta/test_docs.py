@@ -12,7 +12,8 @@ import pytest
 from mlx_router_server.app import create_app
 from mlx_router_server.cli.main import build_parser
 from mlx_router_server.dialects.fields import FieldRules
-from mlx_router_server.settings import Settings, describe_settings, load_settings
+from mlx_router_server.settings import Settings, describe_settings
+from mlx_router_server.settings_layers import load_settings
 from mlx_router_server.version import __version__
 from tests.meta.checks import ALL_CHECKS, NOT_HERE, covered_checks
 from tests.meta.render_docs import EXAMPLE, FIELD_RULES, ROOT, rendered_documents

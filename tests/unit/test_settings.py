@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from mlx_router_server.durations import parse_duration
-from mlx_router_server.settings import Settings, SettingsError, describe_settings, load_settings
+from mlx_router_server.settings import Settings, describe_model_settings, describe_settings, shown_settings
+from mlx_router_server.settings_layers import SettingsError, json_schema, load_settings
 from mlx_router_shared.errors import InvalidRequest
 
 
@@ -26,6 +28,46 @@ def test_each_layer_covers_the_one_below(tmp_path: Path) -> None:
     environment = {"MLX_ROUTER_HOME": str(tmp_path), "OLLAMA_MAX_QUEUE": "2", "MLX_ROUTER_MAX_QUEUE": "3"}
     assert load_settings({}, environment).max_queue == 3
     assert load_settings({"max_queue": "4"}, environment).max_queue == 4
+
+
+@pytest.mark.req("R20")
+def test_each_value_remembers_where_it_came_from(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("max_queue = 1\nkeep_alive = '1m'\nport = 5")
+    environment = {"MLX_ROUTER_HOME": str(tmp_path), "OLLAMA_KEEP_ALIVE": "2m", "MLX_ROUTER_PORT": "6"}
+    settings = load_settings({"parallel": "3"}, environment)
+    assert settings.origins["max_queue"] == str(tmp_path / "config.toml")
+    assert (settings.origins["keep_alive"], settings.keep_alive) == ("OLLAMA_KEEP_ALIVE", 120)
+    assert settings.origins["port"] == "MLX_ROUTER_PORT"
+    assert settings.origins["parallel"] == "--parallel"
+    assert "strict" not in settings.origins
+
+
+def test_a_secret_is_shown_nowhere(tmp_path: Path) -> None:
+    settings = _load(tmp_path, "api_keys = ['very-secret']")
+    assert "very-secret" not in json.dumps(shown_settings(settings))
+    with pytest.raises(SettingsError, match="api_keys") as caught:
+        _load(tmp_path, "api_keys = {very-secret = 1}")
+    assert "very-secret" not in str(caught.value)
+
+
+def test_the_schema_knows_every_key_and_every_default() -> None:
+    properties = json_schema()["properties"]
+    shown = shown_settings(Settings())
+    assert set(properties) == {"version", *shown}
+    names = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+    for name, value in shown.items():
+        kind = properties[name]["type"]
+        kinds = {kind} if isinstance(kind, str) else set(kind)
+        assert names[type(value)] in kinds or (isinstance(value, int) and "number" in kinds), name
+        assert properties[name]["description"].endswith(".")
+    models = properties["models"]["additionalProperties"]["properties"]
+    assert set(models) == {field.name for field in describe_model_settings()}
+
+
+@pytest.mark.parametrize("name", ["ports", "max_que", "model"])
+def test_a_misspelt_setting_is_told_with_what_may_have_been_meant(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SettingsError, match="did you mean"):
+        _load(tmp_path, f"{name} = 1")
 
 
 @pytest.mark.parametrize("field", describe_settings(), ids=lambda field: field.name)

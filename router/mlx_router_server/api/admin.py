@@ -15,12 +15,13 @@ from starlette.routing import BaseRoute, Route
 from mlx_router_server.api.answer import load_only
 from mlx_router_server.api.disconnect import unless_client_leaves
 from mlx_router_server.api.happenings import HappeningStream
-from mlx_router_server.api.server import Server, read_body, server_of
+from mlx_router_server.api.server import Server, caller_of, read_body, server_of
 from mlx_router_server.api.wishes import read_wishes
 from mlx_router_server.dialects.body import convert, read_object
 from mlx_router_server.lifecycle.memory import MemoryReading
 from mlx_router_server.lifecycle.states import State
 from mlx_router_server.lifecycle.views import ModelView, WaiterView
+from mlx_router_server.settings import shown_settings
 from mlx_router_server.version import __version__
 from mlx_router_server.workers.plan import Failure, WorkerView
 
@@ -154,7 +155,7 @@ def _model(server: Server, view: ModelView | None, name: str) -> dict[str, Any]:
 async def load(request: Request) -> Response:
     """Load a model and answer when it is ready; forgets earlier failures."""
     server = server_of(request)
-    plan = server.plan(await server.resolve(request.path_params["name"]))
+    plan = server.plan(await server.resolve(request.path_params["name"], caller_of(request)))
     wishes = read_wishes(request, explicit=True)
     waited = await unless_client_leaves(request.receive, load_only(server, plan, wishes))
     return _json({"name": plan.spec.name, "state": State.READY, "waited_seconds": round(waited, 3)})
@@ -163,7 +164,7 @@ async def load(request: Request) -> Response:
 async def unload(request: Request) -> Response:
     """Let a model go once nobody uses it; answers when its memory is back, or at once if it is still in use."""
     server = server_of(request)
-    name = server.plan(await server.resolve(request.path_params["name"])).spec.name
+    name = server.plan(await server.resolve(request.path_params["name"], caller_of(request))).spec.name
     server.supervisor.unload(name, "unloaded by the operator")
     state = await unless_client_leaves(request.receive, _until_gone(server, name))
     return _json({"name": name, "state": state})
@@ -180,7 +181,7 @@ async def unpin(request: Request) -> Response:
 
 async def _set_pin(request: Request, *, pinned: bool) -> Response:
     server = server_of(request)
-    plan = server.plan(await server.resolve(request.path_params["name"]))
+    plan = server.plan(await server.resolve(request.path_params["name"], caller_of(request)))
     server.supervisor.pin(plan, pinned)
     await server.supervisor.settled()
     view = server.supervisor.view(plan.spec.name)
@@ -191,7 +192,7 @@ async def plan(request: Request) -> Response:
     """What loading a model would do now: who would go, whom it would wait for, would it fit. Does nothing."""
     server = server_of(request)
     asked = convert(read_object(await read_body(request)), _PlanBody)
-    entry = await server.resolve(asked.model)
+    entry = await server.resolve(asked.model, caller_of(request))
     load_plan = server.plan(entry)
     forecast = server.supervisor.forecast(load_plan.spec)
     sizes = {view.name: view.reserved_bytes for view in server.supervisor.views()}
@@ -225,6 +226,12 @@ async def plan(request: Request) -> Response:
     )
 
 
+async def config(request: Request) -> Response:
+    """The settings in force, secrets masked, with the origin of each that is not at its default."""
+    settings = server_of(request).settings
+    return _json({"settings": shown_settings(settings), "origins": settings.origins})
+
+
 async def events(request: Request) -> Response:
     """Server-sent events of everything that happens; ``Last-Event-ID`` continues where a client broke off."""
     last = request.headers.get("last-event-id", "")
@@ -246,6 +253,7 @@ def routes() -> list[BaseRoute]:
         Route("/health", health),
         Route("/ready", ready),
         Route("/admin/status", status),
+        Route("/admin/config", config),
         Route("/admin/models/{name:path}/load", load, methods=["POST"]),
         Route("/admin/models/{name:path}/unload", unload, methods=["POST"]),
         Route("/admin/models/{name:path}/pin", pin, methods=["POST"]),

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from mlx_router_server.api.disconnect import ClientLeft, unless_client_leaves
 from mlx_router_server.api.errors import error_response
 from mlx_router_server.api.heartbeat import Heartbeat, beating
-from mlx_router_server.api.server import Server, server_of
+from mlx_router_server.api.server import Server, caller_of, server_of
 from mlx_router_server.api.wishes import read_wishes
 from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.dialects.call import Call, Moment, StreamRenderer, Transcript
@@ -67,7 +67,7 @@ async def admit(request: Request, call: Call) -> ModelEntry:
         raise InvalidRequest(f"this server ignores {names}, and its operator wants that refused", param=call.ignored[0])
     if not call.model.strip() and not server.settings.default_model:
         raise InvalidRequest("model is required", param="model")
-    entry = await server.resolve(call.model)
+    entry = await server.resolve(call.model, caller_of(request))
     server.check_capabilities(entry, call.model, call.needs)
     return entry
 

@@ -13,9 +13,13 @@ import socket
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["Edge"]
+from mlx_router_server.api.errors import error_response
+from mlx_router_shared.errors import Forbidden
+
+__all__ = ["Edge", "is_loopback"]
 
 _LOCAL_ORIGINS: Final = (
     *(
@@ -53,11 +57,9 @@ _ALLOW_METHODS: Final = "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"
 class Edge:
     """Wraps the application. ``bound_host`` is the address that is listened on."""
 
-    def __init__(self, app: ASGIApp, *, bound_host: str, allowed_origins: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, *, bound_host: str) -> None:
         self._app = app
-        self._loopback = _is_loopback(bound_host)
-        self._origins = allowed_origins + _LOCAL_ORIGINS
-        self._any_origin = "*" in allowed_origins
+        self._loopback = is_loopback(bound_host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,17 +69,20 @@ class Edge:
         origin = headers.get("origin")
         host = headers.get("host", "")
         request_id = "req_" + secrets.token_hex(12)
-        if self._loopback and not _is_local_host(host):
-            await _respond(send, 403, request_id)
-            return
+        settings = scope["app"].state.server.settings
         # One id under the names by which the SDKs of OpenAI and of Anthropic look for it.
         extra = {"x-request-id": request_id, "request-id": request_id}
         scope.setdefault("state", {})["request_id"] = request_id
+        if self._loopback and not _is_local_host(host) and not _is_listed(host, settings.allowed_hosts):
+            await _refuse(scope, receive, send, extra, f"the Host header {host[:100]!r} is no name of this machine; "
+                          "the setting allowed_hosts allows more")  # fmt: skip
+            return
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
-            if not self._allows(origin):
-                await _respond(send, 403, request_id)
+            if not _allows(origin, settings.allowed_origins):
+                await _refuse(scope, receive, send, extra, f"pages of {origin[:100]!r} may not use this server; "
+                              "the setting allowed_origins allows more")  # fmt: skip
                 return
-            extra["access-control-allow-origin"] = "*" if self._any_origin else origin
+            extra["access-control-allow-origin"] = "*" if "*" in settings.allowed_origins else origin
             extra["vary"] = "Origin"
             extra["access-control-expose-headers"] = "x-request-id,request-id,retry-after,x-ignored-fields"
         if scope["method"] == "OPTIONS" and origin is not None:
@@ -86,7 +91,7 @@ class Edge:
                 "access-control-allow-headers": _ALLOW_HEADERS,
                 "access-control-max-age": "43200",
             }
-            await _respond(send, 204, request_id, extra)
+            await Response(status_code=204, headers=extra)(scope, receive, send)
             return
 
         async def send_with_headers(message: Message) -> None:
@@ -98,8 +103,9 @@ class Edge:
 
         await self._app(scope, receive, send_with_headers)
 
-    def _allows(self, origin: str) -> bool:
-        return self._any_origin or any(_matches(origin, pattern) for pattern in self._origins)
+
+def _allows(origin: str, allowed: tuple[str, ...]) -> bool:
+    return "*" in allowed or any(_matches(origin, pattern) for pattern in allowed + _LOCAL_ORIGINS)
 
 
 def _matches(origin: str, pattern: str) -> bool:
@@ -110,7 +116,7 @@ def _matches(origin: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(origin, pattern.replace("[", "[[]"))
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
@@ -135,10 +141,12 @@ def _is_local_host(host: str) -> bool:
     return address.is_loopback or address.is_private or address.is_unspecified
 
 
-async def _respond(send: Send, status: int, request_id: str, headers: dict[str, str] | None = None) -> None:
-    fields = {"x-request-id": request_id, **(headers or {})}
-    if status != 204:
-        fields["content-length"] = "0"
-    raw = [(name.encode(), value.encode()) for name, value in fields.items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": b""})
+def _is_listed(host: str, allowed: tuple[str, ...]) -> bool:
+    name = host.rpartition(":")[0] or host if host.rpartition(":")[2].isdigit() else host
+    return any(fnmatch.fnmatchcase(name.lower(), pattern.lower().replace("[", "[[]")) for pattern in allowed)
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, headers: dict[str, str], text: str) -> None:
+    response = error_response(scope, Forbidden(text))
+    response.headers.update(headers)
+    await response(scope, receive, send)

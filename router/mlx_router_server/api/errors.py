@@ -6,7 +6,7 @@ An error that ends an answer before its first byte takes the same way as one tha
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from starlette.applications import Starlette
@@ -17,7 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import Scope
 
 from mlx_router_server.api.disconnect import ClientLeft
-from mlx_router_server.api.server import BodyTooLarge
+from mlx_router_server.api.server import BodyTooLarge, BodyTooSlow
 from mlx_router_server.dialects import anthropic_answers, ollama_answers, openai_answers
 from mlx_router_server.dialects.statuses import for_the_public, retry_after, status_of
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError
@@ -25,6 +25,8 @@ from mlx_router_shared.errors import InvalidRequest, MlxRouterError
 __all__ = ["error_response", "install", "is_anthropic"]
 
 log = logging.getLogger(__name__)
+
+_BODY_STATUSES: Final = {BodyTooLarge: 413, BodyTooSlow: 408}
 
 
 def install(app: Starlette) -> None:
@@ -47,7 +49,7 @@ def error_response(scope: Scope, error: MlxRouterError) -> Response:
     error = for_the_public(error)
     wait = retry_after(error)
     headers = {"retry-after": str(wait)} if wait is not None else None
-    status = 413 if isinstance(error, BodyTooLarge) else status_of(error)
+    status = next((status for kind, status in _BODY_STATUSES.items() if isinstance(error, kind)), status_of(error))
     if is_anthropic(scope):
         status = anthropic_answers.status_of_error(error, status)
     return Response(msgspec.json.encode(_body(scope, error, status)), status, headers, "application/json")

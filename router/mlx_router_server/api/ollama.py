@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 from mlx_router_server.api.answer import Answer, AnswerStyle, answer, load_only
 from mlx_router_server.api.count import count_tokens
 from mlx_router_server.api.disconnect import unless_client_leaves
-from mlx_router_server.api.server import Server, read_body, server_of
+from mlx_router_server.api.server import Server, caller_of, read_body, server_of
 from mlx_router_server.api.wishes import read_wishes
 from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.catalogue.safetensors import list_tensors
@@ -77,7 +77,7 @@ async def tags(request: Request) -> Response:
     server = server_of(request)
     await server.catalogue.wait_ready()
     models = []
-    for entry in server.listed():
+    for entry in server.listed(caller_of(request)):
         details = {**_details(entry), "context_length": entry.files.context_tokens}
         models.append({**_head(entry), "modified_at": answers.local_time(entry.files.modified_at), "details": details,
                        "capabilities": sorted(entry.files.capabilities)})  # fmt: skip
@@ -88,6 +88,8 @@ async def running(request: Request) -> Response:
     """/api/ps: never waits for anything."""
     server = server_of(request)
     entries = {entry.name.display: entry for entry in server.catalogue.entries()}
+    caller = caller_of(request)
+    entries = {name: entry for name, entry in entries.items() if caller.may_use(entry.names)}
     loaded = [view for view in server.supervisor.views() if view.state in _LOADED and view.name in entries]
     loaded.sort(key=lambda view: view.expires_at or 0.0, reverse=True)
     return _json({"models": [_running(server, entries[view.name], view) for view in loaded]})
@@ -113,7 +115,7 @@ def _running(server: Server, entry: ModelEntry, view: ModelView) -> dict[str, An
 async def show(request: Request) -> Response:
     server = server_of(request)
     name, verbose = parse_show(await read_body(request))
-    entry = await server.resolve(name)
+    entry = await server.resolve(name, caller_of(request))
     files = entry.files
     body: dict[str, Any] = {
         "modelfile": f"# served by mlx-router from {entry.source}\nFROM {entry.name.display}\n",
@@ -168,7 +170,7 @@ async def _generate(request: Request, kind: Literal["chat", "generate"], asked: 
 
 async def _load_or_unload(request: Request, kind: Literal["chat", "generate"], asked: GenerateCall) -> Response:
     server = server_of(request)
-    plan = server.plan(await server.resolve(asked.model))
+    plan = server.plan(await server.resolve(asked.model, caller_of(request)))
     if asked.keep_alive_seconds == 0:
         server.unload_for_client(plan.spec.name)
         return _json(answers.load_answer(kind, asked.model, time.time(), "unload"))
@@ -209,7 +211,7 @@ async def _embed(
         style = AnswerStyle(whole=lambda transcripts, moment: render(transcripts[0], moment), whole_media_type=_JSON)
         return await answer(request, asked.call, style)
     server = server_of(request)
-    plan = server.plan(await server.resolve(asked.model))
+    plan = server.plan(await server.resolve(asked.model, caller_of(request)))
     await unless_client_leaves(request.receive, load_only(server, plan, read_wishes(request, asked.keep_alive_seconds)))
     return _json(render(None, Moment(now=time.time(), total_seconds=0.0, load_seconds=0.0)))
 

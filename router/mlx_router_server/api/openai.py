@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_router_server.api.answer import Answer, AnswerStyle, answer
 from mlx_router_server.api.errors import is_anthropic
-from mlx_router_server.api.server import read_body, server_of
+from mlx_router_server.api.server import caller_of, read_body, server_of
 from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.dialects import openai_answers as answers
 from mlx_router_server.dialects.anthropic_answers import model_entry
@@ -32,7 +32,7 @@ async def models(request: Request) -> Response:
     """The same path for two APIs; each object has the keys of both, and a header tells which list is wanted."""
     server = server_of(request)
     await server.catalogue.wait_ready()
-    data = [_model(entry, entry.name.display) for entry in server.listed()]
+    data = [_model(entry, entry.name.display) for entry in server.listed(caller_of(request))]
     if is_anthropic(request.scope):
         return _json(_page(data, dict(request.query_params)))
     return _json({"object": "list", "data": data})
@@ -60,7 +60,7 @@ def _page(data: list[dict[str, Any]], query: dict[str, str]) -> dict[str, Any]:
 async def model(request: Request) -> Response:
     """One model; its name may hold slashes, encoded or not."""
     requested = request.path_params["name"]
-    return _json(_model(await server_of(request).resolve(requested), requested))
+    return _json(_model(await server_of(request).resolve(requested, caller_of(request)), requested))
 
 
 def _model(entry: ModelEntry, name: str) -> dict[str, Any]:

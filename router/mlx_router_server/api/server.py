@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import fnmatch
 import logging
 import time
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from starlette.requests import Request
 
+from mlx_router_server.access.keys import Caller, KeyRing
 from mlx_router_server.api.response_store import ResponseStore
 from mlx_router_server.catalogue.catalogue import Catalogue, Sources
 from mlx_router_server.catalogue.entry import Capability, ModelEntry, install_command
@@ -26,16 +29,19 @@ from mlx_router_server.workers.plan import LoadPlan, SupervisorOptions, Wishes
 from mlx_router_server.workers.supervisor import Supervisor
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFound, UnsupportedCapability
 
-__all__ = ["MAX_BODY_BYTES", "BodyTooLarge", "Door", "Server", "read_body", "server_of"]
+__all__ = ["BodyTooLarge", "BodyTooSlow", "Door", "Server", "body_parts", "caller_of", "read_body", "server_of"]
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 32 * 2**20
 _FOREIGN_NAMES: Final = "claude-*"
 
 
 class BodyTooLarge(InvalidRequest):
     """The body is longer than any request needs to be; status 413."""
+
+
+class BodyTooSlow(InvalidRequest):
+    """A body stopped coming; status 408."""
 
 
 class Door(Protocol):
@@ -53,6 +59,7 @@ class Server:
     settings: Settings
     catalogue: Catalogue
     supervisor: Supervisor
+    keys: KeyRing
     started_at: float = field(default_factory=time.time)
     responses: ResponseStore = field(default_factory=ResponseStore)
 
@@ -60,18 +67,23 @@ class Server:
     def door(self) -> Door:
         return self.supervisor
 
-    async def resolve(self, name: str) -> ModelEntry:
-        """The model of that name; raises ``ModelNotFound`` or ``InvalidRequest``."""
+    async def resolve(self, name: str, caller: Caller) -> ModelEntry:
+        """The model of that name, if the caller may use it; raises ``ModelNotFound`` or ``InvalidRequest``."""
         await self.catalogue.wait_ready()
-        entry = self._resolve(name)
+        entry = self._resolve(name, caller)
+        if not caller.may_use(entry.names):
+            raise ModelNotFound(f"model '{name}' not found, or not allowed with this key", param="model")
         if not self.settings.on_demand and not self._loaded(entry):
             raise ModelNotFound(f"model '{name}' not found: it is not loaded and on_demand is off", param="model")
         return entry
 
-    def _resolve(self, name: str) -> ModelEntry:
+    def _resolve(self, name: str, caller: Caller) -> ModelEntry:
         try:
-            return self.catalogue.resolve(name)
+            return self.catalogue.resolve(name, lambda entry: caller.may_use(entry.names))
         except ModelNotFound as error:
+            if caller.models:
+                # The same words whether it is there or not: a key does not tell what others may use.
+                raise ModelNotFound(f"{error.message}, or not allowed with this key", param="model") from None
             if not fnmatch.fnmatchcase(name.strip().lower(), _FOREIGN_NAMES):
                 raise
             return self._stand_in(error)
@@ -96,9 +108,9 @@ class Server:
             raise InvalidRequest(f"model '{name}' is pinned: only the operator can unload it", param="keep_alive")
         self.supervisor.unload(name, "asked to by a client", by_client=True)
 
-    def listed(self) -> list[ModelEntry]:
-        """What can be asked for: everything, or with on_demand off what is loaded."""
-        entries = self.catalogue.entries()
+    def listed(self, caller: Caller) -> list[ModelEntry]:
+        """What the caller can ask for: everything it may use, or with on_demand off what of that is loaded."""
+        entries = [entry for entry in self.catalogue.entries() if caller.may_use(entry.names)]
         return entries if self.settings.on_demand else [entry for entry in entries if self._loaded(entry)]
 
     def plan(self, entry: ModelEntry) -> LoadPlan:
@@ -140,6 +152,7 @@ class Server:
     async def reload(self, settings: Settings, sources: Sources, options: SupervisorOptions) -> None:
         """Other settings from now on, all of them at once; requests that have begun keep theirs."""
         await self.catalogue.reconfigure(sources, settings.default_model)
+        self.keys.configure(settings.api_keys)
         self.supervisor.reconfigure(options)
         self.settings = settings
         self.preload()
@@ -182,12 +195,42 @@ def server_of(request: Request) -> Server:
     return server
 
 
+def caller_of(request: Request) -> Caller:
+    """Who sent a request that was let through."""
+    caller: Caller = request.scope["state"]["caller"]
+    return caller
+
+
 async def read_body(request: Request) -> bytes:
-    """The body; raises ``BodyTooLarge`` without keeping more than the limit in memory."""
+    """The body; raises ``BodyTooLarge`` without keeping more than the limit in memory, and ``BodyTooSlow``."""
+    limit = server_of(request).settings.max_body_bytes
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise _too_large(limit)
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise BodyTooLarge(f"the body is longer than {MAX_BODY_BYTES} bytes")
-        parts.append(part)
+    async with aclosing(body_parts(request)) as stream:
+        async for part in stream:
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            parts.append(part)
     return b"".join(parts)
+
+
+async def body_parts(request: Request) -> AsyncGenerator[bytes, None]:
+    """A body as it comes; raises ``BodyTooSlow`` when nothing comes for too long."""
+    limit = server_of(request).settings.request_timeout_seconds or None
+    async with aclosing(request.stream()) as stream:
+        while True:
+            try:
+                async with asyncio.timeout(limit):
+                    part = await anext(stream)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise BodyTooSlow(f"nothing more of the body came within {limit:g} s") from None
+            yield part
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is longer than {limit} bytes, the limit that max_body_bytes sets")

@@ -11,7 +11,7 @@ import difflib
 import fnmatch
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -103,7 +103,7 @@ class Catalogue:
         """Names of folders that look like models and cannot be served, with the reason."""
         return dict(self._index.unservable)
 
-    def resolve(self, requested: str) -> ModelEntry:
+    def resolve(self, requested: str, may_see: Callable[[ModelEntry], bool] = lambda entry: True) -> ModelEntry:
         """The one rule for names, on all routes: a name of ours, an alias, the configured default for none or the word
         ``default``, a mapped foreign name. Raises ``InvalidRequest`` or ``ModelNotFound``."""
         if not requested.strip():
@@ -116,12 +116,12 @@ class Catalogue:
         if entry is None:
             entry = self._find_mapped(requested)
         if entry is None:
-            raise ModelNotFound(f"model '{requested}' not found{self._near(requested)}", param="model")
+            raise ModelNotFound(f"model '{requested}' not found{self._near(requested, may_see)}", param="model")
         return entry
 
-    def _near(self, requested: str) -> str:
-        """A word about names that may have been meant; all of them are listed to everybody."""
-        names = [entry.name.display.removesuffix(":latest") for entry in self._index.entries.values()]
+    def _near(self, requested: str, may_see: Callable[[ModelEntry], bool]) -> str:
+        """A word about names that may have been meant, of those that are listed to whoever asks."""
+        names = [entry.name.display.removesuffix(":latest") for entry in self._index.entries.values() if may_see(entry)]
         close = difflib.get_close_matches(requested.strip().removesuffix(":latest"), names, n=2, cutoff=_NEAR)
         return f", did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
 

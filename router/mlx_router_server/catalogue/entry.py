@@ -94,6 +94,13 @@ class ModelEntry:
     source: str
     """``demo``, ``config``, ``folder`` or ``hub``."""
     files: ModelFiles
+    aliases: tuple[str, ...] = ()
+    """Other names that lead here."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them, as people write them."""
+        return (self.name.display, self.name.display.removesuffix(":latest"), *self.aliases)
 
     def estimate(self, context_tokens: int) -> Estimate:
         """Memory of its worker with a usual context."""

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 from collections.abc import Generator
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-__all__ = ["ApiError", "Client", "NoRouter"]
+from mlx_router_server.access.keys import local_key
+from mlx_router_server.settings import Settings
+from mlx_router_server.settings_layers import home_folder
+
+__all__ = ["ApiError", "Client", "NoRouter", "connect"]
 
 _CONNECT_SECONDS = 5.0
+
+
+def connect(settings: Settings) -> Client:
+    """A client for the router that the settings name. Its key is ``MLX_ROUTER_API_KEY``, or else the one by which this
+    user's commands come in, which is told to nobody but this machine."""
+    key = os.environ.get("MLX_ROUTER_API_KEY", "")
+    if not key and urlsplit(settings.url).hostname in ("127.0.0.1", "::1", "localhost"):
+        key = local_key(home_folder(dict(os.environ)))
+    return Client(settings.url, key)
 
 
 class NoRouter(Exception):
@@ -29,8 +43,9 @@ class ApiError(Exception):
 class Client:
     """Talks to one router; each call is one connection."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str = "") -> None:
         self.url = url
+        self._key = key
         parts = urlsplit(url)
         self._host = parts.hostname or "127.0.0.1"
         self._port = parts.port or 80
@@ -92,6 +107,8 @@ class Client:
         connection = http.client.HTTPConnection(self._host, self._port, timeout=_CONNECT_SECONDS)
         data = json.dumps(body).encode() if body is not None else None
         headers = {"content-type": "application/json"} if data else {}
+        if self._key:
+            headers["authorization"] = f"Bearer {self._key}"
         try:
             connection.connect()
             connection.sock.settimeout(None)  # an answer may take as long as a load does

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from mlx_router_server.cli import models, run, start
+from mlx_router_server.access.keys import Scope
+from mlx_router_server.cli import config, keys, models, run, start
 from mlx_router_server.cli.client import ApiError, NoRouter
-from mlx_router_server.settings import Settings, SettingsError, describe_settings, flags_of, load_settings
+from mlx_router_server.settings import Settings, describe_settings, flags_of
+from mlx_router_server.settings_layers import SettingsError, load_settings
 from mlx_router_server.version import __version__
 
 __all__ = ["EXIT_FAILED", "EXIT_NO_MODEL", "EXIT_NO_ROUTER", "EXIT_USAGE", "build_parser", "main"]
@@ -90,6 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--hidethinking", action="store_true", help="do not show the thinking")
     chat.add_argument("--verbose", action="store_true", help="show timings after each answer")
 
+    _add_config(commands.add_parser("config", help="what is in force, and whether a file is right"))
+    _add_keys(commands.add_parser("keys", help="keys that clients have to show"))
+
     version = _table(_common(commands.add_parser("version", help="versions of this program and of the router")))
     version.set_defaults(command=models.version)
     return parser
@@ -111,6 +116,31 @@ def _client(parser: argparse.ArgumentParser, command: Command) -> argparse.Argum
 def _table(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    show = _table(actions.add_parser("show", help="every setting, as a router that starts now would have it"))
+    show.add_argument("--origin", action="store_true", help="where each of them comes from")
+    check = actions.add_parser("check", help="read a file and say what is wrong with it")
+    check.add_argument("file", nargs="?", type=Path, metavar="FILE")
+    path = actions.add_parser("path", help="where the file lies")
+    schema = actions.add_parser("schema", help="the JSON schema of the file, for editors")
+    for action, command in ((show, config.show), (check, config.check), (path, config.path), (schema, config.schema)):
+        _client(action, command)
+
+
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    add = _table(_client(actions.add_parser("add", help="make a key and show it once"), keys.add))
+    add.add_argument("name", metavar="NAME")
+    add.add_argument("--scope", action="append", choices=[scope.value for scope in Scope], default=[],
+                     help="what it opens, several times for several; inference when nothing is said")  # fmt: skip
+    add.add_argument("--model", action="append", default=[], metavar="PATTERN",
+                     help="models that it may use, * stands for anything; several times for several")  # fmt: skip
+    _table(_client(actions.add_parser("list", help="the keys there are"), keys.list_keys))
+    remove = _client(actions.add_parser("remove", help="take a key back"), keys.remove)
+    remove.add_argument("name", metavar="NAME")
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:

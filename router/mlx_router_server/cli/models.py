@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -12,8 +11,8 @@ from typing import Any
 
 import psutil
 
-from mlx_router_server.cli.client import ApiError, Client, NoRouter
-from mlx_router_server.cli.tables import ago, human_size, print_table, until
+from mlx_router_server.cli.client import ApiError, NoRouter, connect
+from mlx_router_server.cli.tables import ago, human_size, print_json, print_table, until
 from mlx_router_server.settings import Settings
 from mlx_router_server.version import __version__
 from mlx_router_server.workers.memory import machine_used_bytes, process_bytes
@@ -27,16 +26,11 @@ _BACK_SHARE = 0.9
 _NOISE_BYTES = 64 * 2**20
 
 
-def _print_json(data: Any) -> int:
-    print(json.dumps(data, indent=2, ensure_ascii=False))
-    return 0
-
-
 def list_models(options: argparse.Namespace, settings: Settings) -> int:
-    models = Client(settings.url).get("/api/tags")["models"]
+    models = connect(settings).get("/api/tags")["models"]
     models = [model for model in models if model["name"].lower().startswith(options.prefix.lower())]
     if options.json:
-        return _print_json(models)
+        return print_json(models)
     rows = [
         [m["name"], m["digest"][:12], human_size(m["size"]), ago(m["modified_at"]), ", ".join(m["capabilities"])]
         for m in models
@@ -46,9 +40,9 @@ def list_models(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def ps(options: argparse.Namespace, settings: Settings) -> int:
-    models = [m for m in Client(settings.url).get("/admin/status")["models"] if m["state"] not in _NOT_RUNNING]
+    models = [m for m in connect(settings).get("/admin/status")["models"] if m["state"] not in _NOT_RUNNING]
     if options.json:
-        return _print_json(models)
+        return print_json(models)
     rows = [
         [
             m["name"],
@@ -70,10 +64,10 @@ def _state_words(model: dict[str, Any]) -> str:
 
 
 def status(options: argparse.Namespace, settings: Settings) -> int:
-    client = Client(settings.url)
+    client = connect(settings)
     data = client.get("/admin/status")
     if options.json:
-        return _print_json(data)
+        return print_json(data)
     router = data["router"]
     print(f"mlx-router {router['version']} at {client.url}, pid {router['pid']}, up {int(router['uptime_seconds'])} s")
     used = f"{human_size(router['reserved_bytes'])} of {human_size(router['budget_bytes'])} reserved"
@@ -108,9 +102,9 @@ def _pressure(memory: dict[str, Any] | None) -> str:
 
 
 def show(options: argparse.Namespace, settings: Settings) -> int:
-    data = Client(settings.url).post("/api/show", {"model": options.model})
+    data = connect(settings).post("/api/show", {"model": options.model})
     if options.json:
-        return _print_json(data)
+        return print_json(data)
     info, details = data["model_info"], data["details"]
     architecture = info.get("general.architecture", details["family"])
     print("  Model")
@@ -130,17 +124,17 @@ def show(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def load(options: argparse.Namespace, settings: Settings) -> int:
-    data = Client(settings.url).post(f"/admin/models/{options.model}/load")
+    data = connect(settings).post(f"/admin/models/{options.model}/load")
     if options.json:
-        return _print_json(data)
+        return print_json(data)
     print(f"{data['name']} is loaded ({data['waited_seconds']:.1f} s)")
     return 0
 
 
 def unload(options: argparse.Namespace, settings: Settings) -> int:
-    data = Client(settings.url).post(f"/admin/models/{options.model}/unload")
+    data = connect(settings).post(f"/admin/models/{options.model}/unload")
     if options.json:
-        return _print_json(data)
+        return print_json(data)
     if data["state"] in _NOT_RUNNING:
         print(f"{data['name']} is unloaded")
     else:
@@ -157,18 +151,18 @@ def unpin(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _set_pin(options: argparse.Namespace, settings: Settings, what: str) -> int:
-    data = Client(settings.url).post(f"/admin/models/{options.model}/{what}")
+    data = connect(settings).post(f"/admin/models/{options.model}/{what}")
     if options.json:
-        return _print_json(data)
+        return print_json(data)
     print(f"{data['name']} is pinned until the router ends" if data["pinned"] else f"{data['name']} is not pinned")
     return 0
 
 
 def plan(options: argparse.Namespace, settings: Settings) -> int:
     """What loading a model would do now; nothing is done."""
-    data = Client(settings.url).post("/admin/plan", {"model": options.model})
+    data = connect(settings).post("/admin/plan", {"model": options.model})
     if options.json:
-        return _print_json(data)
+        return print_json(data)
     words = {"serve": "is served at once", "join": "joins a load that has begun", "load": "is loaded at once",
              "evict": "is loaded once others have left", "wait": "waits", "refuse": "is refused"}  # fmt: skip
     print(f"{data['model']} ({data['state']}): {words[data['action']]}: {data['reason']}")
@@ -197,7 +191,7 @@ def _origin(estimate: dict[str, Any]) -> str:
 
 def stop(options: argparse.Namespace, settings: Settings) -> int:
     """Without a model: end the router, and say so only when it and its workers are gone."""
-    client = Client(settings.url)
+    client = connect(settings)
     if options.model is not None:
         client.post("/api/generate", {"model": options.model, "keep_alive": 0})
         return 0
@@ -260,11 +254,11 @@ def _lives(process: psutil.Process) -> bool:
 
 def version(options: argparse.Namespace, settings: Settings) -> int:
     try:
-        router = Client(settings.url).get("/health").get("version")
+        router = connect(settings).get("/health").get("version")
     except (NoRouter, ApiError, AttributeError):
         router = None
     if options.json:
-        return _print_json({"client": __version__, "router": router})
+        return print_json({"client": __version__, "router": router})
     print(f"mlx-router {__version__}")
     if router != __version__:
         where = f"the router at {settings.url}"

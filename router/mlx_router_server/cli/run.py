@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from mlx_router_server.cli.client import ApiError, Client
+from mlx_router_server.cli.client import ApiError, Client, connect
 from mlx_router_server.settings import Settings
 
 __all__ = ["run"]
@@ -21,7 +21,7 @@ _HELP = """\
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:
-    client = Client(settings.url)
+    client = connect(settings)
     piped = "" if sys.stdin.isatty() else sys.stdin.read()
     prompt = " ".join(options.prompt)
     prompt = "\n\n".join(part for part in (piped.strip(), prompt) if part)

@@ -12,15 +12,20 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
 
+from mlx_router_server.access.keys import KeyFileError, keys_file, read_keys
+from mlx_router_server.api.edge import is_loopback
 from mlx_router_server.api.server import Server
+from mlx_router_server.api.wire import WireLimits, guarded_protocol
 from mlx_router_server.app import create_app, reload
 from mlx_router_server.cli.client import Client, NoRouter
-from mlx_router_server.settings import Settings, SettingsError, flags_of, home_folder, load_settings
-from mlx_router_server.telemetry.logs import configure_logs
+from mlx_router_server.settings import Settings, flags_of
+from mlx_router_server.settings_layers import SettingsError, home_folder, load_settings
+from mlx_router_server.telemetry.logs import configure_logs, quiet_uvicorn
 from mlx_router_server.version import __version__
 
 __all__ = ["start"]
@@ -32,12 +37,14 @@ _BACKLOG = 2048
 
 def start(options: argparse.Namespace, settings: Settings) -> int:
     """Serve in the foreground until a signal comes; the second signal hastens."""
-    configure_logs(settings.log_level)
+    configure_logs(settings.log_level, settings.log_format)
+    quiet_uvicorn()
+    home = home_folder(dict(os.environ))
+    _refuse_open_door(settings, home)
     listener = _listen(settings)
     if listener is None:
         return 1
     host, port = listener.getsockname()[:2]
-    home = home_folder(dict(os.environ))
     app = create_app(settings, home)
 
     async def reload_settings() -> None:
@@ -55,6 +62,8 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
+        http=guarded_protocol(settings.max_connections, lambda: _limits(app)),
         timeout_graceful_shutdown=int(settings.drain_timeout_seconds) or None,
     )
     received: list[int] = []
@@ -76,6 +85,28 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
         signal.signal(received[0], signal.SIG_DFL)
         os.kill(os.getpid(), received[0])
     return 0
+
+
+def _refuse_open_door(settings: Settings, home: Path) -> None:
+    """Others can reach every address but loopback; they need keys, or the operator's word that they do not."""
+    if is_loopback(settings.host) or settings.insecure_bind or settings.api_keys:
+        return
+    try:
+        keys = read_keys(keys_file(home))
+    except KeyFileError as error:
+        raise SettingsError(str(error)) from None
+    if not keys:
+        raise SettingsError(
+            f"host {settings.host or '0.0.0.0'!r} can be reached from other machines, and there are no keys: "  # noqa: S104  # said, not bound
+            "make one with `mlx-router keys add NAME`, or allow everybody with --insecure-bind true"
+        )
+
+
+def _limits(app: Starlette) -> WireLimits:
+    """Those in force; before there is a server, nothing comes in."""
+    server: Server | None = getattr(app.state, "server", None)
+    settings = server.settings if server is not None else Settings()
+    return WireLimits(header_bytes=settings.max_header_bytes, seconds=settings.request_timeout_seconds)
 
 
 class _Server(uvicorn.Server):

@@ -1,18 +1,41 @@
-"""Tables and words for people."""
+"""Tables and words for people, and JSON for programs."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 import time
 from datetime import datetime
+from typing import Any, Final
 
-__all__ = ["ago", "human_size", "print_table", "until"]
+__all__ = ["ago", "human_size", "print_json", "print_table", "until"]
+
+_GAP: Final = "    "
+_LEAST: Final = 8
+
+
+def print_json(data: Any) -> int:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+    return 0
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as their widest cell, four blanks between, no trailing blanks."""
+    """Columns as wide as their widest cell, no trailing blanks. On a terminal that is too narrow the widest columns are
+    cut; what is written to a file or a pipe is whole."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    if sys.stdout.isatty():
+        room = shutil.get_terminal_size().columns - len(_GAP) * (len(head) - 1)
+        while sum(widths) > room and max(widths) > _LEAST:
+            widest = widths.index(max(widths))
+            widths[widest] = max(_LEAST, widths[widest] - (sum(widths) - room))
     for row in [head, *rows]:
-        print("    ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        cells = [_cut(cell, width).ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print(_GAP.join(cells).rstrip())
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def human_size(size: int) -> str:

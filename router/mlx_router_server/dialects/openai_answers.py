@@ -38,7 +38,12 @@ _REASONS: Final = {
     FinishReason.CONTEXT: "length",
     FinishReason.TOOL_CALLS: "tool_calls",
 }
-_TYPES: Final = {400: "invalid_request_error", 404: "not_found_error"}
+_TYPES: Final = {
+    400: "invalid_request_error",
+    401: "invalid_request_error",
+    403: "permission_error",
+    404: "not_found_error",
+}
 _CODES: Final = {
     ErrorCode.INVALID_REQUEST: "invalid_value",
     ErrorCode.UNSUPPORTED_CAPABILITY: "unsupported_parameter",

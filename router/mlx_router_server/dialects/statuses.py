@@ -22,6 +22,8 @@ _STATUSES: Final[dict[ErrorCode, int]] = {
     ErrorCode.UNSUPPORTED_CAPABILITY: 400,
     ErrorCode.CONTEXT_LENGTH_EXCEEDED: 400,
     ErrorCode.PREVIOUS_RESPONSE_MISSING: 400,
+    ErrorCode.UNAUTHENTICATED: 401,
+    ErrorCode.FORBIDDEN: 403,
     ErrorCode.NOT_FOUND: 404,
     ErrorCode.MODEL_NOT_FOUND: 404,
     ErrorCode.MODEL_TOO_LARGE: 500,

@@ -1,0 +1,1 @@
+"""Who may use the server: keys, what they allow, and where they are kept."""

@@ -1,0 +1,233 @@
+"""API keys: what each of them allows, and the file that they are kept in.
+
+A key is 256 random bits, so that one round of SHA-256 is all the hashing it needs; only the hash is ever stored. Which
+key was presented is found by comparing with every hash in constant time. Used by the router, which reads the file, and
+by ``mlx-router keys``, which writes it; the router never writes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+__all__ = [
+    "EVERYBODY",
+    "Caller",
+    "Key",
+    "KeyFileError",
+    "KeyRing",
+    "Scope",
+    "keys_file",
+    "local_key",
+    "make_key",
+    "read_keys",
+    "write_keys",
+]
+
+_PREFIX: Final = "mlxr-"
+_HASHED: Final = "sha256:"
+_MOST_BYTES: Final = 2**20
+
+
+class Scope(StrEnum):
+    """What a key opens; ``admin`` opens everything."""
+
+    INFERENCE = "inference"
+    PULL = "pull"
+    ADMIN = "admin"
+
+
+class KeyFileError(Exception):
+    """The file of keys cannot be used; one sentence that names it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who a request comes from, and what it may do."""
+
+    name: str = ""
+    scopes: frozenset[Scope] = frozenset(Scope)
+    models: tuple[str, ...] = ()
+    """Patterns of model names, with ``*``; none means all."""
+
+    def may(self, scope: Scope) -> bool:
+        return scope in self.scopes or Scope.ADMIN in self.scopes
+
+    def may_use(self, names: Iterable[str]) -> bool:
+        """Whether one of the names of a model is allowed."""
+        if not self.models:
+            return True
+        patterns = [pattern.lower() for pattern in self.models]
+        return any(fnmatch.fnmatchcase(name.lower(), pattern) for name in names for pattern in patterns)
+
+
+EVERYBODY: Final = Caller()
+"""Where no keys are asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One key as it is stored; ``digest`` is the SHA-256 of its text, in hex."""
+
+    name: str
+    digest: str
+    scopes: frozenset[Scope]
+    models: tuple[str, ...] = ()
+    created_at: float = 0.0
+
+    @property
+    def caller(self) -> Caller:
+        return Caller(name=self.name, scopes=self.scopes, models=self.models)
+
+
+def make_key(name: str, scopes: Iterable[Scope], models: tuple[str, ...] = ()) -> tuple[str, Key]:
+    """A new key: its text, which is shown once, and what is stored of it."""
+    text = _PREFIX + secrets.token_urlsafe(32)
+    return text, Key(name=name, digest=_digest(text), scopes=frozenset(scopes), models=models, created_at=time.time())
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+class KeyRing:
+    """The keys in force. ``refresh`` reads the file again when it has changed; everything else is memory."""
+
+    def __init__(self, configured: tuple[str, ...], file: Path | None) -> None:
+        self._file = file
+        self._stamp: tuple[int, int] | None = None
+        self._from_file: tuple[Key, ...] = ()
+        self._configured: tuple[Key, ...] = ()
+        self._local: tuple[Key, ...] = ()
+        self.configure(configured)
+
+    def configure(self, configured: tuple[str, ...]) -> None:
+        """Keys of the setting ``api_keys``: as they are, or as ``sha256:HEX``."""
+        self._configured = tuple(
+            Key(
+                name=f"api_keys[{number}]",
+                digest=text.removeprefix(_HASHED).lower() if text.startswith(_HASHED) else _digest(text),
+                scopes=frozenset(Scope),
+            )
+            for number, text in enumerate(configured)
+        )
+
+    def trust_local(self, text: str) -> None:
+        """The key by which commands of this user on this machine come in; alone it does not make keys be asked for."""
+        self._local = (Key(name="local", digest=_digest(text), scopes=frozenset(Scope)),)
+
+    def refresh(self) -> bool:
+        """Whether the file had changed. Raises ``KeyFileError``, and then the keys stay as they were."""
+        if self._file is None:
+            return False
+        try:
+            stat = self._file.stat()
+            stamp: tuple[int, int] | None = (stat.st_mtime_ns, stat.st_ino)
+        except OSError:
+            stamp = None
+        if stamp == self._stamp:
+            return False
+        self._stamp = stamp
+        self._from_file = tuple(read_keys(self._file))
+        return True
+
+    def __bool__(self) -> bool:
+        return bool(self._configured or self._from_file)
+
+    def identify(self, presented: str) -> Caller | None:
+        """Whose key this is. Takes the same time whichever it is, and whether or not it is one."""
+        digest = _digest(presented)
+        found: Key | None = None
+        for key in (*self._configured, *self._from_file, *self._local):
+            if hmac.compare_digest(key.digest, digest):
+                found = key
+        return found.caller if found is not None else None
+
+
+# ----------------------------------------------------------------------------------------------------- the file
+
+
+def keys_file(home: Path) -> Path:
+    return home / "keys.json"
+
+
+def local_key(home: Path, *, create: bool = False) -> str:
+    """What proves that a command runs as the same user as the router: a file that only this user can read. Empty where
+    there is none. Raises ``OSError`` when it cannot be made."""
+    file = home / "local.key"
+    try:
+        return file.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        if not create:
+            return ""
+    text = _PREFIX + secrets.token_urlsafe(32)
+    _write_private(file, text)
+    return text
+
+
+def read_keys(file: Path) -> list[Key]:
+    """The stored keys; none where there is no file. Raises ``KeyFileError``."""
+    try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise KeyFileError(f"{file} is too large")
+        data = json.loads(file.read_text(encoding="utf-8"))
+        return [_read(item) for item in data["keys"]]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise KeyFileError(f"{file}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KeyFileError(f"{file} is not a file of keys: {error}") from None
+
+
+def _read(item: dict[str, Any]) -> Key:
+    digest = item["sha256"]
+    if not isinstance(digest, str) or len(bytes.fromhex(digest)) != hashlib.sha256().digest_size:
+        raise ValueError("a key without its hash")
+    return Key(
+        name=str(item["name"]),
+        digest=digest,
+        scopes=frozenset(Scope(scope) for scope in item["scopes"]),
+        models=tuple(str(model) for model in item.get("models", ())),
+        created_at=float(item.get("created_at", 0.0)),
+    )
+
+
+def write_keys(file: Path, keys: list[Key]) -> None:
+    """Replace the file at once and for this user's eyes only. Raises ``OSError``."""
+    items = [
+        {
+            "name": key.name,
+            "sha256": key.digest,
+            "scopes": sorted(key.scopes),
+            "models": list(key.models),
+            "created_at": key.created_at,
+        }
+        for key in keys
+    ]
+    _write_private(file, json.dumps({"version": 1, "keys": items}, indent=2))
+
+
+def _write_private(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")  # mode 0600
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

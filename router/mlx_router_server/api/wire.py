@@ -1,0 +1,139 @@
+"""The limits that have to hold before there is a request: connections, the size of headers, the time they may take.
+
+On top of uvicorn's protocol on httptools, which has none of these. Each connection has one timer: it runs while the
+headers of a request are awaited, from the first byte of them on, and on a fresh connection from the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+__all__ = ["WireLimits", "guarded_protocol"]
+
+log = logging.getLogger(__name__)
+
+_OWN_FILES: Final = 256
+"""Descriptors that workers, logs and listeners need, beside connections."""
+_SAY_EVERY_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WireLimits:
+    """In force for the next request; 0 is no limit."""
+
+    header_bytes: int
+    seconds: float
+
+
+def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> type[HttpToolsProtocol]:
+    """The protocol class for uvicorn; ``limits`` is asked at each request, since settings are read again.
+
+    More connections than ``max_connections``, or than the system has descriptors for, are closed at once.
+    """
+    most = min(max_connections or 1 << 30, _raise_descriptor_limit(max_connections) - _OWN_FILES)
+    said = [-_SAY_EVERY_SECONDS]
+
+    class GuardedProtocol(HttpToolsProtocol):
+        _timer: asyncio.TimerHandle | None = None
+        _header_bytes = 0
+        _in_headers = True
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn does
+            super().connection_made(transport)
+            if len(self.connections) > most:
+                self._say_full()
+                transport.abort()
+                return
+            self._expect_headers()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timer()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self._in_headers:
+                self._header_bytes += len(data)
+            super().data_received(data)
+            # What came with the headers may be the body: only headers that are still not complete are too long.
+            limit = limits().header_bytes
+            if self._in_headers and limit and self._header_bytes > limit:
+                self._refuse(431, "Request Header Fields Too Large", "the headers are longer than max_header_bytes")
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._in_headers = True
+            if self._timer is None:
+                self._expect_headers()
+
+        def on_headers_complete(self) -> None:
+            self._in_headers = False
+            self._stop_timer()
+            limit = limits().header_bytes
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            self._header_bytes = 0
+            if limit and size > limit:
+                self._refuse(431, "Request Header Fields Too Large", "the headers are longer than max_header_bytes")
+                return
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            if not self.transport.is_closing():
+                super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            if not self.transport.is_closing():
+                super().on_message_complete()
+
+        # ----------------------------------------------------------------- own
+
+        def _expect_headers(self) -> None:
+            seconds = limits().seconds
+            if seconds:
+                self._timer = self.loop.call_later(seconds, self._too_slow)
+
+        def _stop_timer(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _too_slow(self) -> None:
+            self._timer = None
+            if not self.transport.is_closing():
+                self._refuse(408, "Request Timeout", "the headers took longer than request_timeout_seconds")
+
+        def _refuse(self, status: int, phrase: str, text: str) -> None:
+            log.warning("event=connection_refused status=%d client=%r", status, self.client)
+            body = text.encode()
+            self.transport.write(
+                b"HTTP/1.1 %d %s\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n"
+                b"connection: close\r\n\r\n%s" % (status, phrase.encode(), len(body), body)
+            )
+            self.transport.close()
+
+        def _say_full(self) -> None:
+            now = self.loop.time()
+            if now - said[0] >= _SAY_EVERY_SECONDS:  # one line for a flood, not one for each drop
+                said[0] = now
+                log.warning("event=connections_full limit=%d", most)
+
+    return GuardedProtocol
+
+
+def _raise_descriptor_limit(connections: int) -> int:
+    """Have the system give enough descriptors, as far as it does; some give 256 by default."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + 2 * _OWN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        except (OSError, ValueError):
+            soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 30 if soft == resource.RLIM_INFINITY else soft

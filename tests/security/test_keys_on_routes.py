@@ -1,0 +1,162 @@
+"""Keys on every route of the application, in each form, over a real socket."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.routing import Route
+
+from mlx_router_server.access.keys import Scope, keys_file, make_key, read_keys, write_keys
+from mlx_router_server.api.auth import OPEN_PATHS, SCOPES, scope_of
+from mlx_router_server.app import create_app
+from mlx_router_server.settings import Settings
+from tests.support.command import command_on
+from tests.support.http import call
+from tests.support.router import RouterProcess, running_router, wait_until
+
+_ROUTES = sorted(
+    {
+        (method, re.sub(r"\{\w+(:path)?\}", "demo", route.path))
+        for route in create_app(Settings()).routes
+        if isinstance(route, Route)
+        for method in route.methods or ()
+        if method != "HEAD"
+    }
+)
+_KEYS: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
+    """A router with a key for each scope, and one that may use nothing but ``other``."""
+    home = tmp_path_factory.mktemp("locked")
+    stored = []
+    for name, scopes, models in (
+        ("inference", [Scope.INFERENCE], ()), ("pull", [Scope.PULL], ()), ("admin", [Scope.ADMIN], ()),
+        ("narrow", [Scope.INFERENCE], ("other",)),
+    ):  # fmt: skip
+        _KEYS[name], key = make_key(name, scopes, models)
+        stored.append(key)
+    write_keys(keys_file(home), stored)
+    with running_router(home) as router:
+        yield router
+
+
+@pytest.mark.req("R31")
+def test_every_route_has_a_scope_of_its_own() -> None:
+    """A new route has to be thought of here: what is not listed is for the operator."""
+    for _, path in _ROUTES:
+        assert path in OPEN_PATHS or any(path.startswith(prefix) for prefix in SCOPES), path
+
+
+@pytest.mark.req("R31")
+@pytest.mark.covers("O18")
+@pytest.mark.parametrize(("method", "path"), _ROUTES, ids=lambda value: str(value))
+def test_without_a_key_nothing_is_answered(locked: RouterProcess, method: str, path: str) -> None:
+    if path in OPEN_PATHS:
+        assert call(locked, method, path).status == 200
+        return
+    key = _KEYS["admin"]
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic " + key},
+                    {"x-api-key": "wrong"}, {"authorization": "Bearer "}, {"x-api-key": key[:-1]}):  # fmt: skip
+        reply = call(locked, method, path, b"{}", **headers)
+        assert reply.status == 401, (headers, reply.body)
+        assert reply.headers["www-authenticate"] == "Bearer"
+        error = reply.json()["error"]
+        if path.startswith("/v1/messages"):
+            assert error["type"] == "authentication_error"
+        elif path.startswith("/v1/"):
+            assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_api_key")
+        else:
+            assert isinstance(error, str)
+
+
+@pytest.mark.req("R31")
+@pytest.mark.parametrize(("method", "path"), _ROUTES, ids=lambda value: str(value))
+def test_a_key_opens_its_own_scope_only(locked: RouterProcess, method: str, path: str) -> None:
+    if path in OPEN_PATHS or path == "/admin/events":
+        return
+    needed = scope_of(path)
+    for name in ("inference", "pull", "admin"):
+        # A body that no route takes: what is refused with 403 was refused before anybody looked at it.
+        reply = call(locked, method, path, b"[]", authorization=f"Bearer {_KEYS[name]}")
+        refused = reply.status == 403 and needed in reply.body.decode() and "scope" in reply.body.decode()
+        assert refused == (name not in (needed, "admin")), (name, reply.status, reply.body)
+
+
+@pytest.mark.req("R31")
+@pytest.mark.covers("O18")
+def test_each_form_of_the_header_is_taken_on_each_api(locked: RouterProcess) -> None:
+    key = _KEYS["inference"]
+    message = [{"role": "user", "content": "Hello!"}]
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"model": "demo", "messages": message},
+        "/v1/messages": {"model": "demo", "messages": message, "max_tokens": 20},
+        "/api/chat": {"model": "demo", "messages": message, "stream": False},
+    }
+    for path, body in bodies.items():
+        for headers in ({"authorization": f"Bearer {key}"}, {"authorization": f"bearer  {key}"}, {"x-api-key": key},
+                        {"api-key": key}):  # fmt: skip
+            assert call(locked, "POST", path, body, **headers).status == 200, (path, headers)
+
+
+@pytest.mark.req("R5", "R31")
+def test_a_key_for_some_models_neither_lists_nor_uses_others(locked: RouterProcess) -> None:
+    header = {"x-api-key": _KEYS["narrow"]}
+    assert call(locked, "GET", "/api/tags", **header).json() == {"models": []}
+    assert call(locked, "GET", "/v1/models", **header).json()["data"] == []
+    said = set()
+    for name in ("demo", "dem0", "nosuch"):
+        reply = call(locked, "POST", "/api/generate", {"model": name, "prompt": "x"}, **header)
+        assert reply.status == 404
+        said.add(reply.json()["error"].replace(name, "NAME"))
+        assert call(locked, "POST", "/api/show", {"model": name}, **header).status == 404
+    assert said == {"model 'NAME' not found, or not allowed with this key"}
+    assert call(locked, "GET", "/api/ps", **header).json() == {"models": []}
+
+
+@pytest.mark.req("R31")
+def test_keys_come_and_go_while_the_router_runs(home: Path) -> None:
+    with running_router(home) as router:
+        assert call(router, "GET", "/api/tags").status == 200
+        text, key = make_key("new", [Scope.INFERENCE])
+        write_keys(keys_file(home), [key])
+        wait_until(lambda: call(router, "GET", "/api/tags").status == 401, "the key is asked for")
+        assert call(router, "GET", "/api/tags", x_api_key=text).status == 200
+        # A file that cannot be read leaves everything as it was.
+        keys_file(home).write_text("{")
+        router.wait_line("keys_refused")
+        assert call(router, "GET", "/api/tags").status == 401
+        assert call(router, "GET", "/api/tags", x_api_key=text).status == 200
+        assert text not in "\n".join(router.lines)
+
+
+@pytest.mark.req("R31")
+def test_commands_of_the_same_user_come_in_by_themselves(home: Path) -> None:
+    with running_router(home, "--api-keys", "secret-of-somebody") as router:
+        assert command_on(router, "list").returncode == 1
+        listed = command_on(router, "list", home=home)
+        assert listed.returncode == 0, listed.stderr
+        assert "demo:latest" in listed.stdout
+        assert command_on(router, "list", environment={"MLX_ROUTER_API_KEY": "secret-of-somebody"}).returncode == 0
+        assert "secret-of-somebody" not in "\n".join(router.lines)
+
+
+@pytest.mark.req("R31")
+def test_the_command_makes_lists_and_takes_back_keys(home: Path) -> None:
+    with running_router(home) as router:
+        made = command_on(router, "keys", "add", "laptop", "--scope", "inference", "--model", "demo", home=home)
+        text = made.stdout.strip()
+        assert text.startswith("mlxr-")
+        assert "laptop" in command_on(router, "keys", "list", home=home).stdout
+        assert command_on(router, "keys", "add", "laptop", home=home).returncode == 1
+        wait_until(lambda: call(router, "GET", "/api/tags", x_api_key=text).status == 200, "the key is valid")
+        assert call(router, "GET", "/admin/status", x_api_key=text).status == 403
+        assert text not in (home / "keys.json").read_text()
+        assert command_on(router, "keys", "remove", "laptop", home=home).returncode == 0
+        assert read_keys(keys_file(home)) == []
+        assert command_on(router, "keys", "remove", "laptop", home=home).returncode == 1

@@ -1,0 +1,48 @@
+"""Lines of the log: one each, whatever is in them, for people or as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from mlx_router_server.telemetry.logs import configure_logs
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+
+
+_EVIL = "a\nERROR event=forged\r x='y' \x1b[31m\u2028"
+
+
+@pytest.mark.req("R32")
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_line_stays_one_line(capsys: pytest.CaptureFixture[str], form: str) -> None:
+    configure_logs("info", form)
+    logging.getLogger("x").warning("event=test name=%r plain=%s", _EVIL, _EVIL)
+    logging.getLogger("x").warning("a message %s", _EVIL)
+    text = capsys.readouterr().err
+    assert len(text.rstrip("\n").split("\n")) == 2
+    assert not any(char in text for char in "\r\x1b\u2028")
+
+
+def test_pairs_become_fields_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("info", "json")
+    logging.getLogger("x").info("event=loaded model=%r seconds=%.3f waiting=%s time=%s", "a 'b\n", 1.5, "", "no")
+    line = json.loads(capsys.readouterr().err)
+    assert (line["event"], line["model"], line["seconds"], line["waiting"]) == ("loaded", "a 'b\n", "1.500", "")
+    assert line["level"] == "info"
+    assert line["time"].endswith("+00:00")
+    try:
+        raise ValueError("x")
+    except ValueError:
+        logging.getLogger("x").exception("event=broke")
+    assert "ValueError: x" in json.loads(capsys.readouterr().err)["exception"]
