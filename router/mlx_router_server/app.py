@@ -14,14 +14,17 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from mlx_router_server.access.keys import KeyFileError, KeyRing, keys_file, local_key
-from mlx_router_server.api import admin, anthropic, errors, ollama, openai, responses
+from mlx_router_server.api import admin, anthropic, errors, manage, ollama, openai, responses
 from mlx_router_server.api.auth import Auth
 from mlx_router_server.api.edge import Edge
 from mlx_router_server.api.server import Server
 from mlx_router_server.catalogue.catalogue import Catalogue, Registered, Sources
 from mlx_router_server.catalogue.discovery import hub_cache
+from mlx_router_server.catalogue.overlay import Overlay
+from mlx_router_server.catalogue.store import Store
 from mlx_router_server.lifecycle.limits import Limits
 from mlx_router_server.lifecycle.queueing import BusyPolicy
+from mlx_router_server.management.models import Models
 from mlx_router_server.settings import Settings, reloaded
 from mlx_router_server.settings_layers import home_folder, load_settings
 from mlx_router_server.telemetry.logs import configure_logs
@@ -32,6 +35,8 @@ from mlx_router_server.workers.supervisor import Supervisor
 __all__ = ["create_app", "create_app_from_environment", "reload"]
 
 log = logging.getLogger(__name__)
+
+_APIS: Final = (ollama, manage, openai, responses, anthropic, admin)
 
 _KEYS_SECONDS: Final = 1.0
 
@@ -44,13 +49,18 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        catalogue = Catalogue(_sources(settings), settings.default_model)
+        store = Store(home) if home is not None else None
+        if store is not None:
+            await asyncio.to_thread(store.prepare)
+        catalogue = Catalogue(_sources(settings), settings.default_model, store)
         supervisor = Supervisor(_options(settings, home))
         keys = KeyRing(settings.api_keys, keys_file(home) if home is not None else None)
         if home is not None:
             keys.trust_local(await asyncio.to_thread(local_key, home, create=True))
         await asyncio.to_thread(keys.refresh)  # a file that cannot be read must not mean that no keys are asked for
-        app.state.server = Server(settings, catalogue, supervisor, keys)
+        models = Models(catalogue, store, supervisor.happenings) if store is not None else None
+        app.state.server = Server(settings, catalogue, supervisor, keys, models)
+        _configure_models(app.state.server, settings)
         await catalogue.start()
         await supervisor.start()
         tasks = [
@@ -63,11 +73,13 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if models is not None:
+                await models.stop()
             await supervisor.stop()
             await catalogue.stop()
 
     app = Starlette(
-        routes=ollama.routes() + openai.routes() + responses.routes() + anthropic.routes() + admin.routes(),
+        routes=[route for api in _APIS for route in api.routes()],
         lifespan=lifespan,
         middleware=[Middleware(Edge, bound_host=settings.host), Middleware(Auth)],
     )
@@ -87,6 +99,7 @@ async def reload(app: Starlette, new: Settings, home: Path | None = None) -> Non
     server: Server = app.state.server
     settings, waiting = reloaded(server.settings, new)
     await server.reload(settings, _sources(settings), _options(settings, home))
+    _configure_models(server, settings)
     configure_logs(settings.log_level, settings.log_format)
     log.info("event=reloaded models=%d waiting_for_restart=%r", len(settings.models), ",".join(waiting))
 
@@ -108,9 +121,23 @@ async def _watch_keys(keys: KeyRing) -> None:
             log.error("event=keys_refused error=%r", str(error))
 
 
+def _configure_models(server: Server, settings: Settings) -> None:
+    if server.models is not None:
+        server.models.cache = hub_cache(dict(os.environ)) if settings.hub_cache else None
+        server.models.streams = settings.download_streams
+
+
 def _sources(settings: Settings) -> Sources:
     registered = tuple(
-        Registered(name=name, path=model.path, repo=model.repo, aliases=model.aliases)
+        Registered(
+            name=name,
+            path=model.path,
+            repo=model.repo,
+            aliases=model.aliases,
+            adapter=model.adapter,
+            kind=model.kind,
+            overlay=Overlay(system=model.system, parameters=model.options or {}),
+        )
         for name, model in settings.models.items()
     )
     return Sources(
@@ -119,6 +146,7 @@ def _sources(settings: Settings) -> Sources:
         folders=settings.models_dirs,
         hub=hub_cache(dict(os.environ)) if settings.hub_cache else None,
         name_map=tuple(settings.name_map.items()),
+        model_aliases=tuple(settings.model_aliases.items()),
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from mlx_router_server.dialects.options import parse_options
 from mlx_router_server.durations import parse_duration
 
 __all__ = [
@@ -107,9 +108,10 @@ def path(value: object) -> Path:
 
 
 def options(value: object) -> dict[str, Any]:
-    """A table; what is in it is checked where its names are known."""
+    """A table of options as requests have them."""
     if not isinstance(value, dict):
         raise ValueError("not a table")
+    parse_options(value)
     return value
 
 

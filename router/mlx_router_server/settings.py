@@ -68,7 +68,7 @@ class ModelSettings:
     )
     adapter: Path | None = _setting(None, kinds.path, "A folder with a LoRA adapter that is put on its weights.")
     system: str = _setting("", kinds.text, "System prompt of conversations that bring none.")
-    options: dict[str, Any] = _setting(
+    options: dict[str, Any] | None = _setting(
         None, kinds.options, "Sampling options, by Ollama's names, where a request says nothing."
     )
     kind: str = _setting(

@@ -12,15 +12,20 @@ import msgpack
 import msgspec
 
 from mlx_router_shared.errors import ProtocolError
+from mlx_router_shared.jobs import Job, JobEvent
 from mlx_router_shared.protocol import Bootstrap, FromWorker, ToWorker
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
     "decode_bootstrap",
     "decode_from_worker",
+    "decode_job",
+    "decode_job_event",
     "decode_to_worker",
     "encode",
     "encode_bootstrap",
+    "encode_job",
+    "encode_job_event",
 ]
 
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
@@ -69,3 +74,30 @@ def decode_bootstrap(line: bytes) -> Bootstrap:
         return msgspec.json.decode(line, type=Bootstrap)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ProtocolError(f"not a bootstrap line: {error}") from None
+
+
+def encode_job(job: Job) -> bytes:
+    """The line that a job reads from its standard input."""
+    return msgspec.json.encode(job) + b"\n"
+
+
+def decode_job(line: bytes) -> Job:
+    """The other way round; raises ``ProtocolError``."""
+    return _decode_line(line, Job)  # type: ignore[no-any-return]  # msgspec types unions as Any
+
+
+def encode_job_event(event: JobEvent) -> bytes:
+    """A line that a job writes to its standard output."""
+    return msgspec.json.encode(event) + b"\n"
+
+
+def decode_job_event(line: bytes) -> JobEvent:
+    """The other way round; raises ``ProtocolError``."""
+    return _decode_line(line, JobEvent)  # type: ignore[no-any-return]  # msgspec types unions as Any
+
+
+def _decode_line(line: bytes, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(line, type=kind)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"not a line of a job: {error}") from None

@@ -21,6 +21,7 @@ code names. Each API maps codes to its own shapes and statuses in one table; nob
     │   ├── MemoryPressure          the machine is short of memory
     │   ├── BackingOff              the last load failed a moment ago
     │   └── ShuttingDown            the router is leaving
+    ├── InsufficientStorage         the disk has no room for it
     ├── LoadFailed                  the worker could not load the model
     ├── WorkerDied                  the worker's process ended while it was needed
     ├── EngineFailed                the engine raised while it generated
@@ -39,6 +40,7 @@ __all__ = [
     "EngineFailed",
     "ErrorCode",
     "Forbidden",
+    "InsufficientStorage",
     "InvalidRequest",
     "LoadFailed",
     "MemoryPinned",
@@ -81,6 +83,7 @@ class ErrorCode(StrEnum):
     MEMORY_PRESSURE = "memory_pressure"
     BACKING_OFF = "backing_off"
     SHUTTING_DOWN = "shutting_down"
+    INSUFFICIENT_STORAGE = "insufficient_storage"
     LOAD_FAILED = "load_failed"
     WORKER_DIED = "worker_died"
     ENGINE_FAILED = "engine_failed"
@@ -208,6 +211,12 @@ class ShuttingDown(Unavailable):
     """The router is leaving and takes no new work."""
 
     code = ErrorCode.SHUTTING_DOWN
+
+
+class InsufficientStorage(MlxRouterError):
+    """The disk has no room for what was to be written; nothing was."""
+
+    code = ErrorCode.INSUFFICIENT_STORAGE
 
 
 class LoadFailed(MlxRouterError):

@@ -71,6 +71,8 @@ class Load(Struct, frozen=True, kw_only=True, tag="load"):
     model: str
     path: str
     """An absolute folder on this machine; the worker never touches the network."""
+    adapter_path: str = ""
+    """A folder with a LoRA adapter that is put on the weights; empty for none."""
     context_tokens: int
     """The longest prompt plus answer that may be admitted; the model's own limit if that is less."""
     parallel: int

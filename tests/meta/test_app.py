@@ -23,6 +23,7 @@ _OTHER = {
     "/admin/models/{name:path}/pin", "/admin/models/{name:path}/unpin", "/admin/plan", "/admin/events",
     "/v1/messages/count_tokens", "/v1/responses/input_tokens", "/v1/responses/{response_id}",
     "/v1/responses/{response_id}/input_items", "/api/status", "/api/me", "/api/signout", "/api/user/keys/{key}",
+    "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs/{digest}",
     "/api/experimental/web_search", "/api/experimental/web_fetch", "/api/experimental/model-recommendations",
 }  # fmt: skip
 

@@ -21,12 +21,14 @@ class Reply:
     ) -> None:
         parts = urlsplit(router.url)
         connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        self.status = response.status
-        self.headers = response.headers
-        self.body = response.read()
-        connection.close()
+        try:
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            self.status = response.status
+            self.headers = response.headers
+            self.body = response.read()
+        finally:
+            connection.close()
 
     def json(self) -> Any:
         return json.loads(self.body)

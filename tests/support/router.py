@@ -51,13 +51,20 @@ class RouterProcess:
     """``mlx-router start`` in a process of its own, on a port that the system chooses."""
 
     def __init__(
-        self, home: Path, arguments: list[str], *, cwd: Path | None = None, python: list[str] | None = None
+        self,
+        home: Path,
+        arguments: list[str],
+        *,
+        cwd: Path | None = None,
+        python: list[str] | None = None,
+        variables: dict[str, str] | None = None,
     ) -> None:
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("MLX_ROUTER", "OLLAMA"))
         }
         environment.update(MLX_ROUTER_HOME=str(home), HF_HOME=str(home / "hf"))
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        environment.update(variables or {})
         command = [*(python or [sys.executable, "-P"]), "-m", "mlx_router_server", "start", "--port", "0", *arguments]
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, cwd=cwd or home, text=True

@@ -13,6 +13,7 @@ from mlx_router_server.catalogue.architectures import has_vlm, servable_architec
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER, Catalogue, Registered, Sources
 from mlx_router_server.catalogue.discovery import discover_hub, hub_cache
 from mlx_router_server.catalogue.entry import Capability
+from mlx_router_server.catalogue.index import IndexBuilder
 from mlx_router_server.catalogue.inspect import NotServable, inspect_folder
 from mlx_router_shared.errors import ModelNotFound
 
@@ -147,7 +148,9 @@ def test_what_is_listed_is_what_resolves_and_links_do_not_lead_out(tmp_path: Pat
         for name in names:
             assert catalogue.resolve(name).name.display == name
         assert catalogue.resolve("OTHER-NAME").name.display == "mine:latest"
-        assert catalogue.unservable == {"broken": "mlx-lm has no architecture 'roberta'"}
+        assert {name: what.reason for name, what in catalogue.unservable.items()} == {
+            "broken": "mlx-lm has no architecture 'roberta'"
+        }
         for unknown in ("escape", "nosuch", "plain:7b"):
             with pytest.raises(ModelNotFound, match=f"model '{unknown}' not found"):
                 catalogue.resolve(unknown)
@@ -165,7 +168,7 @@ def test_an_unchanged_disk_is_not_read_again(tmp_path: Path, monkeypatch: pytest
     async def look() -> None:
         catalogue = Catalogue(Sources(demo=False, folders=(tmp_path / "models",)))
         await catalogue.refresh()
-        monkeypatch.setattr(Catalogue, "_build", lambda self: pytest.fail("looked again"))
+        monkeypatch.setattr(IndexBuilder, "build", lambda self: pytest.fail("looked again"))
         await catalogue.refresh()
         assert len(catalogue.entries()) == 1
 

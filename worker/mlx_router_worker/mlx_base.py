@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model, load_tokenizer
 
 from mlx_router_shared.protocol import Load, SetLimits
@@ -42,7 +43,12 @@ class MlxBase:
         path = Path(load.path)
         report("weights", 0.0)
         model, config = load_model(path, lazy=True, strict=strict)
-        self._model, self._tokenizer = model, load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+        if load.adapter_path:
+            model = load_adapters(model, load.adapter_path)
+            model.eval()
+        # Spelt out: a tokenizer that wants to run code of its own is refused, and nobody is asked on standard input.
+        trust = {"trust_remote_code": False}
+        self._model, self._tokenizer = model, load_tokenizer(path, trust, eos_token_ids=config.get("eos_token_id"))
         self._weights_bytes = self._evaluate(report)
         self._weights_seconds = time.perf_counter() - started
         self._note_config(load, config)

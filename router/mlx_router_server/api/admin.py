@@ -55,9 +55,11 @@ async def status(request: Request) -> Response:
     await server.catalogue.wait_ready()
     supervisor = server.supervisor
     views = {view.name: view for view in supervisor.views()}
-    names = [entry.name.display for entry in server.catalogue.entries()]
-    models = [_model(server, views.pop(name, None), name) for name in names]
-    models += [_model(server, view, name) for name, view in views.items()]  # gone from disk, maybe still loaded
+    entries = server.catalogue.entries()
+    models = [_model(server, views.get(entry.runner), entry.name.display) for entry in entries]
+    known = {entry.runner for entry in entries}
+    # gone from disk, maybe still loaded
+    models += [_model(server, view, name) for name, view in views.items() if name not in known]
     router = {
         "version": __version__,
         "pid": os.getpid(),
@@ -72,7 +74,8 @@ async def status(request: Request) -> Response:
         "standby_pids": supervisor.standby_pids,
         "kill_incidents": supervisor.kill_incidents,
         "stranded_incidents": supervisor.stranded_incidents,
-        "unservable": server.catalogue.unservable,
+        "unservable": {name: what.reason for name, what in server.catalogue.unservable.items()},
+        "unservable_kinds": {name: what.kind for name, what in server.catalogue.unservable.items()},
     }
     return _json({"router": router, "models": models})
 
@@ -121,10 +124,12 @@ def _failure(failure: Failure | None) -> dict[str, Any] | None:
 
 def _model(server: Server, view: ModelView | None, name: str) -> dict[str, Any]:
     worker = server.supervisor.worker_view(view.worker) if view else None
-    swap = server.supervisor.last_swap(name)
+    runner = view.name if view else name
+    swap = server.supervisor.last_swap(runner)
     left = None if view is None or view.expires_at is None else view.expires_at - time.monotonic()
     return {
         "name": name,
+        "runs_as": runner,
         "state": view.state if view else State.UNLOADED,
         "state_seconds": round(time.monotonic() - view.since, 3) if view else None,
         "stage": _stage(view, worker),
@@ -147,7 +152,7 @@ def _model(server: Server, view: ModelView | None, name: str) -> dict[str, Any]:
         if view is None or view.state not in _PAUSED
         else round(max(view.retry_at - time.monotonic(), 0.0), 3),
         "reason": view.reason if view else "",
-        "last_failure": _failure(server.supervisor.last_failure(name)),
+        "last_failure": _failure(server.supervisor.last_failure(runner)),
         "last_swap": swap.as_dict() if swap else None,
     }
 

@@ -22,10 +22,12 @@ from starlette.types import Receive, Scope, Send
 from mlx_router_server.api.disconnect import ClientLeft, unless_client_leaves
 from mlx_router_server.api.errors import error_response
 from mlx_router_server.api.heartbeat import Heartbeat, beating
+from mlx_router_server.api.overlay import apply_overlay
 from mlx_router_server.api.server import Server, caller_of, server_of
 from mlx_router_server.api.wishes import read_wishes
 from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.dialects.call import Call, Moment, StreamRenderer, Transcript
+from mlx_router_server.dialects.fields import shown_in_header
 from mlx_router_server.dialects.statuses import for_the_public
 from mlx_router_server.workers.lease import Lease
 from mlx_router_server.workers.plan import LoadPlan, Wishes
@@ -37,7 +39,6 @@ __all__ = ["Answer", "AnswerStyle", "admit", "answer", "load_only"]
 
 log = logging.getLogger(__name__)
 
-_LONGEST_HEADER: Final = 1000
 _LARGE_BYTES: Final = 256 * 2**10  # of vectors; writing more than that as text takes milliseconds
 
 
@@ -59,8 +60,9 @@ async def load_only(server: Server, plan: LoadPlan, wishes: Wishes) -> float:
         return lease.waited_seconds
 
 
-async def admit(request: Request, call: Call) -> ModelEntry:
-    """The model that a call is for, if it may be asked that. Raises before a model is touched."""
+async def admit(request: Request, call: Call) -> tuple[ModelEntry, Call]:
+    """The model that a call is for, if it may be asked that, and the call as that model has it. Raises before a model
+    is touched."""
     server = server_of(request)
     if server.settings.strict and call.ignored:
         names = ", ".join(call.ignored)
@@ -69,14 +71,14 @@ async def admit(request: Request, call: Call) -> ModelEntry:
         raise InvalidRequest("model is required", param="model")
     entry = await server.resolve(call.model, caller_of(request))
     server.check_capabilities(entry, call.model, call.needs)
-    return entry
+    return entry, apply_overlay(call, entry.overlay)
 
 
 async def answer(request: Request, call: Call, style: AnswerStyle) -> Answer:
     """What every inference handler returns."""
     server = server_of(request)
-    plan = server.plan(await admit(request, call))
-    return Answer(server, plan, call, read_wishes(request, call.keep_alive_seconds), style)
+    entry, call = await admit(request, call)
+    return Answer(server, server.plan(entry), call, read_wishes(request, call.keep_alive_seconds), style)
 
 
 class Answer:
@@ -194,10 +196,7 @@ class Answer:
 
     def _head(self, media_type: str, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
         if self._call.ignored:
-            names = ",".join(self._call.ignored)[:_LONGEST_HEADER]
-            # They come from a stranger: what is no visible ASCII character has no place in a header.
-            shown = "".join(char if "!" <= char <= "~" else "?" for char in names)
-            headers = [*headers, (b"x-ignored-fields", shown.encode())]
+            headers = [*headers, (b"x-ignored-fields", shown_in_header(self._call.ignored).encode())]
         return {
             "type": "http.response.start",
             "status": 200,

@@ -15,7 +15,7 @@ __all__ = ["count_tokens"]
 
 async def count_tokens(request: Request, call: Call) -> tuple[int, str]:
     """The length of the prompt, and its text. Loads no model, waits for none."""
-    entry = await admit(request, call)
+    entry, call = await admit(request, call)
     (asked,) = call.requests
     assert isinstance(asked, GenerationRequest)
     counting = server_of(request).supervisor.count(

@@ -18,6 +18,7 @@ from mlx_router_server.api.disconnect import unless_client_leaves
 from mlx_router_server.api.server import Server, caller_of, read_body, server_of
 from mlx_router_server.api.wishes import read_wishes
 from mlx_router_server.catalogue.entry import ModelEntry
+from mlx_router_server.catalogue.overlay import modelfile_of
 from mlx_router_server.catalogue.safetensors import list_tensors
 from mlx_router_server.dialects import ollama_answers as answers
 from mlx_router_server.dialects.call import Moment, Transcript
@@ -118,20 +119,41 @@ async def show(request: Request) -> Response:
     entry = await server.resolve(name, caller_of(request))
     files = entry.files
     body: dict[str, Any] = {
-        "modelfile": f"# served by mlx-router from {entry.source}\nFROM {entry.name.display}\n",
+        "modelfile": _modelfile(entry),
         "template": files.template,
         "details": _details(entry),
         "model_info": _model_info(request, name, files.info),
         "capabilities": sorted(files.capabilities),
         "modified_at": answers.local_time(files.modified_at),
     }
-    if files.parameters_text:
-        body["parameters"] = files.parameters_text
+    if parameters := _parameters(entry):
+        body["parameters"] = parameters
+    if entry.overlay.system:
+        body["system"] = entry.overlay.system
+    if entry.overlay.messages:
+        body["messages"] = [{"role": turn.role, "content": turn.content} for turn in entry.overlay.messages]
     if files.license:
         body["license"] = files.license
     if verbose:
         body["tensors"] = await asyncio.to_thread(list_tensors, entry.path)
     return _json(body)
+
+
+def _modelfile(entry: ModelEntry) -> str:
+    base = entry.base.display if entry.base is not None else entry.name.display
+    adapter = entry.adapter.name if entry.adapter is not None else ""
+    return f"# served by mlx-router from {entry.source}\n{modelfile_of(base, entry.overlay, adapter)}"
+
+
+def _parameters(entry: ModelEntry) -> str:
+    """A line for each value, as Ollama's clients read them: those on top, then those of the model's author."""
+    lines = []
+    for name, value in entry.overlay.parameters.items():
+        for one in value if isinstance(value, list) else [value]:
+            lines.append(f"{name:<30} {msgspec.json.encode(one).decode()}")
+    said = entry.overlay.parameters.keys()
+    lines += [line for line in entry.files.parameters_text.splitlines() if line.split(" ", 1)[0] not in said]
+    return "\n".join(lines)
 
 
 def _model_info(request: Request, name: str, info: dict[str, str | int | float]) -> dict[str, str | int | float]:
@@ -224,7 +246,7 @@ def _head(entry: ModelEntry) -> dict[str, Any]:
 def _details(entry: ModelEntry) -> dict[str, Any]:
     files = entry.files
     return {
-        "parent_model": "",
+        "parent_model": entry.base.display if entry.base is not None else "",
         "format": "safetensors",
         "family": files.family,
         "families": [files.family],

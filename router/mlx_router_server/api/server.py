@@ -23,6 +23,7 @@ from mlx_router_server.lifecycle.keepalive import KeepAlive
 from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.lifecycle.states import State
 from mlx_router_server.lifecycle.views import ModelView
+from mlx_router_server.management.models import Models
 from mlx_router_server.settings import ModelSettings, Settings
 from mlx_router_server.workers.lease import Lease
 from mlx_router_server.workers.plan import LoadPlan, SupervisorOptions, Wishes
@@ -60,6 +61,8 @@ class Server:
     catalogue: Catalogue
     supervisor: Supervisor
     keys: KeyRing
+    models: Models | None = None
+    """None: there is no home folder to keep any in."""
     started_at: float = field(default_factory=time.time)
     responses: ResponseStore = field(default_factory=ResponseStore)
 
@@ -121,14 +124,14 @@ class Server:
         context = said.context_length if said.context_length is not None else self.settings.context_length
         parallel = max(self.settings.parallel, 1)
         estimate = entry.estimate(context)
-        key = f"{entry.files.digest}:{context}:{parallel}"
+        key = f"{entry.weights_digest}:{context}:{parallel}"
         measured = self.supervisor.measured(key)
         needed = estimate.loaded_bytes + estimate.growth_bytes
         if measured is not None:
             needed = max(measured.loaded_bytes + estimate.growth_bytes, measured.peak_bytes)
         return LoadPlan(
             spec=ModelSpec(
-                name=entry.name.display,
+                name=entry.runner,
                 estimate_bytes=said.memory or needed,
                 growth_bytes=0 if said.memory else estimate.growth_bytes,
                 fixed=bool(said.memory),
@@ -143,6 +146,7 @@ class Server:
                 parallel=parallel,
             ),
             path=str(entry.path.absolute()),
+            adapter=str(entry.adapter.absolute()) if entry.adapter is not None else "",
             engine=entry.files.engine,
             context_tokens=context,
             parallel=parallel,
@@ -177,15 +181,16 @@ class Server:
                 raise UnsupportedCapability(sentence, param=need.param)
 
     def view(self, entry: ModelEntry) -> ModelView | None:
-        return self.supervisor.view(entry.name.display)
+        return self.supervisor.view(entry.runner)
 
     def _loaded(self, entry: ModelEntry) -> bool:
         view = self.view(entry)
         return view is not None and view.state in (State.READY, State.DRAINING)
 
     def _model_settings(self, entry: ModelEntry) -> ModelSettings:
+        runner = parse_name(entry.runner).key
         for name, said in self.settings.models.items():
-            if parse_name(name).key == entry.name.key:
+            if parse_name(name).key == runner:
                 return said
         return ModelSettings()
 

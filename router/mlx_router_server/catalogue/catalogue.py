@@ -1,7 +1,6 @@
-"""The index of all models, in memory: requests look here and never at a disk.
+"""The models by their names, in memory: requests look here and never at a disk.
 
-Sources, in this order; the first to give a name keeps it: the configuration, the bundled demo model, extra folders,
-the Hugging Face cache. The index is rebuilt in a thread, at start and whenever a folder changed, and replaced whole.
+The index is built in a thread, at start and whenever a folder changed, and replaced whole.
 """
 
 from __future__ import annotations
@@ -10,65 +9,33 @@ import asyncio
 import difflib
 import fnmatch
 import logging
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 from typing import Final
 
-from mlx_router_server.catalogue.discovery import Found, discover_folders, discover_hub
-from mlx_router_server.catalogue.entry import ModelEntry, ModelFiles
-from mlx_router_server.catalogue.inspect import NotServable, inspect_folder
-from mlx_router_server.catalogue.names import parse_name
-from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFound
+from mlx_router_server.catalogue.aliases import HUB_HOSTS, repository_of
+from mlx_router_server.catalogue.entry import ModelEntry
+from mlx_router_server.catalogue.index import DEMO_FOLDER, Index, IndexBuilder, Registered, Sources, Unservable
+from mlx_router_server.catalogue.names import DEFAULT_HOST, ModelName, parse_name
+from mlx_router_server.catalogue.store import Store
+from mlx_router_shared.errors import InvalidRequest, ModelNotFound
 
-__all__ = ["DEMO_FOLDER", "Catalogue", "Registered", "Sources"]
+__all__ = ["DEMO_FOLDER", "Catalogue", "Registered", "Sources", "Unservable"]
 
 log = logging.getLogger(__name__)
 
-DEMO_FOLDER: Final = Path(__file__).parent / "demo"
 _REFRESH_SECONDS: Final = 3.0
 _NEAR: Final = 0.8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Registered:
-    """A model named by the operator: where it lies, and what else it is called."""
-
-    name: str
-    path: Path | None = None
-    repo: str | None = None
-    aliases: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sources:
-    """Where to look."""
-
-    demo: bool = True
-    registered: tuple[Registered, ...] = ()
-    folders: tuple[Path, ...] = ()
-    hub: Path | None = None
-    name_map: tuple[tuple[str, str], ...] = ()
-    """Patterns of foreign names to names of ours; the first that fits counts."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Index:
-    entries: dict[str, ModelEntry] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    unservable: dict[str, str] = field(default_factory=dict)
 
 
 class Catalogue:
     """``start`` it, then ``resolve`` and ``entries`` at any time; both wait for the first look at the disk."""
 
-    def __init__(self, sources: Sources, default_model: str = "") -> None:
-        self._sources = sources
+    def __init__(self, sources: Sources, default_model: str = "", store: Store | None = None) -> None:
+        self._builder = IndexBuilder(sources, store)
         self._default_model = default_model
-        self._index = _Index()
+        self._index = Index()
         self._stamps: tuple[tuple[str, int], ...] = ()
-        self._inspected: dict[tuple[Path, tuple[tuple[str, int, int], ...]], ModelFiles | str] = {}
+        self._building = asyncio.Lock()
         self._looked = asyncio.Event()
         self._refresher: asyncio.Task[None] | None = None
 
@@ -77,9 +44,9 @@ class Catalogue:
 
     async def reconfigure(self, sources: Sources, default_model: str) -> None:
         """Look elsewhere from now on; what was known stays until the new index is there."""
-        self._sources, self._default_model = sources, default_model
-        index = await asyncio.to_thread(self._build)
-        self._index = index
+        async with self._building:
+            self._builder.sources, self._default_model = sources, default_model
+            self._index = await asyncio.to_thread(self._builder.build)
 
     async def stop(self) -> None:
         if self._refresher is not None:
@@ -96,11 +63,11 @@ class Catalogue:
 
     def entries(self) -> list[ModelEntry]:
         """Every model, newest files first."""
-        return sorted(self._index.entries.values(), key=lambda entry: entry.files.modified_at, reverse=True)
+        return list(self._index.listed)
 
     @property
-    def unservable(self) -> dict[str, str]:
-        """Names of folders that look like models and cannot be served, with the reason."""
+    def unservable(self) -> dict[str, Unservable]:
+        """Names of folders that look like models and cannot be served, with what they are and why."""
         return dict(self._index.unservable)
 
     def resolve(self, requested: str, may_see: Callable[[ModelEntry], bool] = lambda entry: True) -> ModelEntry:
@@ -110,9 +77,9 @@ class Catalogue:
             if not self._default_model:
                 raise InvalidRequest("model is required", param="model")
             requested = self._default_model
-        entry = self._find(requested)
+        entry = self.find(parse_name(requested))
         if entry is None and requested.strip().lower() == "default" and self._default_model:
-            entry = self._find(self._default_model)
+            entry = self.find(parse_name(self._default_model))
         if entry is None:
             entry = self._find_mapped(requested)
         if entry is None:
@@ -125,16 +92,28 @@ class Catalogue:
         close = difflib.get_close_matches(requested.strip().removesuffix(":latest"), names, n=2, cutoff=_NEAR)
         return f", did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
 
-    def _find(self, name: str) -> ModelEntry | None:
-        key = parse_name(name).key
-        return self._index.entries.get(self._index.aliases.get(key, key))
+    def find(self, name: ModelName) -> ModelEntry | None:
+        """A model by its name or another name of it."""
+        entry = self._index.entries.get(self._index.aliases.get(name.key, name.key))
+        if entry is None and name.host.lower() in HUB_HOSTS:
+            # hf.co/org/name is what some people call org/name.
+            return self._index.entries.get(ModelName(DEFAULT_HOST, name.namespace, name.model, name.tag).key)
+        return entry
+
+    def find_exactly(self, name: ModelName) -> ModelEntry | None:
+        """A model by its own name only."""
+        return self._index.entries.get(name.key)
+
+    def repository(self, name: ModelName) -> str | None:
+        """The repository on the hub that a name stands for, whether it is here or not; None when it stands for none."""
+        return repository_of(name, self._builder.model_aliases)
 
     def _find_mapped(self, requested: str) -> ModelEntry | None:
         """A name of somebody else's, by the operator's patterns; never looked up anywhere."""
         name = requested.strip().lower()
-        for pattern, ours in self._sources.name_map:
+        for pattern, ours in self._builder.sources.name_map:
             if fnmatch.fnmatchcase(name, pattern.lower()):
-                return self._find(ours)
+                return self.find(parse_name(ours))
         return None
 
     # --------------------------------------------------------------- refreshing
@@ -148,100 +127,12 @@ class Catalogue:
             await asyncio.sleep(_REFRESH_SECONDS)
 
     async def refresh(self) -> None:
-        """Look again if a folder changed; the look itself happens in a thread."""
-        stamps = await asyncio.to_thread(self._read_stamps)
-        if stamps != self._stamps or not self._looked.is_set():
-            index = await asyncio.to_thread(self._build)
-            before, self._index, self._stamps = self._index, index, stamps
-            self._looked.set()
-            if before.entries.keys() != index.entries.keys():
-                log.info("event=catalogue models=%d unservable=%d", len(index.entries), len(index.unservable))
-
-    def _read_stamps(self) -> tuple[tuple[str, int], ...]:
-        """Modification times of the folders in which models come and go: a few system calls, no file is opened."""
-        return tuple(sorted(self._stamps_below()))
-
-    def _stamps_below(self) -> Iterator[tuple[str, int]]:
-        roots = [*self._sources.folders] + ([self._sources.hub] if self._sources.hub else [])
-        for root in roots:
-            yield from _stamp(root)
-            for first in _subfolders(root):
-                yield from _stamp(first)
-                for second in _subfolders(first):
-                    yield from _stamp(second)
-                    if first.name.startswith("models--") and second.name == "snapshots":
-                        for snapshot in _subfolders(second):
-                            yield from _stamp(snapshot)
-        for registered in self._sources.registered:
-            if registered.path is not None:
-                yield from _stamp(registered.path)
-
-    def _build(self) -> _Index:
-        index = _Index()
-        for found in self._found():
-            try:
-                name = parse_name(found.name)
-            except InvalidRequest:
-                index.unservable[found.name] = "the name of its folder cannot be a model's name"
-                continue
-            if name.key in index.entries:
-                continue
-            files = self._inspect(found)
-            if isinstance(files, str):
-                index.unservable[found.name] = files
-            else:
-                index.entries[name.key] = ModelEntry(name=name, path=found.path, source=found.source, files=files)
-        for registered in self._sources.registered:
-            target = parse_name(registered.name).key
-            if target in index.entries:
-                for alias in registered.aliases:
-                    index.aliases.setdefault(parse_name(alias).key, target)
-        return index
-
-    def _found(self) -> Iterator[Found]:
-        hub = list(discover_hub(self._sources.hub)) if self._sources.hub is not None else []
-        by_repo = {found.name.lower(): found for found in hub}
-        for registered in self._sources.registered:
-            if registered.path is not None:
-                yield Found(registered.name, registered.path, "config")
-            elif registered.repo is not None and (found := by_repo.get(registered.repo.lower())) is not None:
-                yield Found(registered.name, found.path, "config")
-        if self._sources.demo:
-            yield Found("demo", DEMO_FOLDER, "demo")
-        for folder in self._sources.folders:
-            yield from discover_folders(folder)
-        yield from hub
-
-    def _inspect(self, found: Found) -> ModelFiles | str:
-        """The facts, or why there are none; read again only when a file changed."""
-        try:
-            listing = tuple(sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in found.path.iterdir()))
-        except OSError as error:
-            return f"its folder cannot be read: {error.strerror}"
-        known = self._inspected.get((found.path, listing))
-        if known is None:
-            try:
-                known = inspect_folder(found.path)
-                if known.engine == "fake" and found.source != "config":
-                    known = "a script of the fake engine is served only where the configuration names it"
-            except NotServable as error:
-                known = str(error)
-            except (OSError, MlxRouterError) as error:
-                known = f"its files cannot be read: {error}"
-            self._inspected[(found.path, listing)] = known
-        return known
-
-
-def _stamp(path: Path) -> Iterator[tuple[str, int]]:
-    try:
-        yield str(path), path.stat().st_mtime_ns
-    except OSError:
-        return
-
-
-def _subfolders(root: Path) -> list[Path]:
-    try:
-        with os.scandir(root) as entries:
-            return [Path(entry.path) for entry in entries if entry.is_dir()]
-    except OSError:
-        return []
+        """Look again if a folder changed; the look itself happens in a thread, one at a time."""
+        async with self._building:
+            stamps = await asyncio.to_thread(self._builder.stamps)
+            if stamps != self._stamps or not self._looked.is_set():
+                index = await asyncio.to_thread(self._builder.build)
+                before, self._index, self._stamps = self._index, index, stamps
+                self._looked.set()
+                if before.entries.keys() != index.entries.keys():
+                    log.info("event=catalogue models=%d unservable=%d", len(index.entries), len(index.unservable))

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from mlx_router_server.catalogue.cache_size import CacheSize
+from mlx_router_server.catalogue.kinds import Kind
 from mlx_router_server.catalogue.names import ModelName
+from mlx_router_server.catalogue.overlay import NOTHING, Overlay
 
 __all__ = ["Capability", "Estimate", "ModelEntry", "ModelFiles", "install_command"]
 
@@ -38,7 +40,9 @@ class ModelFiles:
     size_bytes: int
     weights_bytes: int
     digest: str
-    """64 hex digits that change with the content."""
+    """64 hex digits that change with the content, and with what a created model says on top."""
+    weights_digest: str = ""
+    """The same without that; empty where it is the same."""
     modified_at: float
     family: str
     parameters: int
@@ -56,6 +60,17 @@ class ModelFiles:
     """The optional extra that brings what this model can do beyond ``capabilities``, where it is not installed."""
     parameters_text: str = ""
     """The author's sampling defaults, as lines of a Modelfile."""
+
+    @property
+    def kind(self) -> Kind:
+        """What it is for, in one word."""
+        if Capability.RERANK in self.capabilities and Capability.COMPLETION not in self.capabilities:
+            return Kind.RERANKER
+        if Capability.COMPLETION not in self.capabilities:
+            return Kind.EMBEDDING
+        if Capability.VISION in self.capabilities:
+            return Kind.VISION_CHAT
+        return Kind.CHAT if self.template or self.engine == "fake" else Kind.COMPLETION
 
     @property
     def unusable(self) -> str:
@@ -92,22 +107,39 @@ class ModelEntry:
     name: ModelName
     path: Path
     source: str
-    """``demo``, ``config``, ``folder`` or ``hub``."""
+    """``demo``, ``config``, ``folder``, ``hub`` or ``created``."""
     files: ModelFiles
     aliases: tuple[str, ...] = ()
     """Other names that lead here."""
+    base: ModelName | None = None
+    """The model whose weights a created one uses."""
+    overlay: Overlay = NOTHING
+    adapter: Path | None = None
+    """A LoRA adapter on top of the weights."""
+    adapter_bytes: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
         """All of them, as people write them."""
         return (self.name.display, self.name.display.removesuffix(":latest"), *self.aliases)
 
+    @property
+    def weights_digest(self) -> str:
+        """Of what a worker loads; the prompts that go with it do not matter."""
+        return f"{self.files.weights_digest or self.files.digest}{f':{self.adapter.name}' if self.adapter else ''}"
+
+    @property
+    def runner(self) -> str:
+        """The name under which its worker runs: models that differ by what is said to them only share one."""
+        shares = self.base is not None and self.adapter is None
+        return self.base.display if shares and self.base is not None else self.name.display
+
     def estimate(self, context_tokens: int) -> Estimate:
         """Memory of its worker with a usual context."""
         context = min(context_tokens or self.files.context_tokens, self.files.context_tokens, _RESERVED_CONTEXT)
         process = _PROCESS_BYTES if self.files.engine != "fake" else 0
         return Estimate(
-            loaded_bytes=self.files.weights_bytes + process,
+            loaded_bytes=self.files.weights_bytes + self.adapter_bytes + process,
             cache_bytes=self.files.cache.bytes_for(context),
             work_bytes=self.files.work_bytes,
         )

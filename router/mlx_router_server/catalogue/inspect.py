@@ -19,10 +19,12 @@ from mlx_router_server.catalogue.architectures import (
 )
 from mlx_router_server.catalogue.cache_size import CacheSize, estimate_cache, work_space
 from mlx_router_server.catalogue.entry import Capability, ModelFiles
+from mlx_router_server.catalogue.kinds import Kind, foreign_kind
+from mlx_router_server.catalogue.quantization import quantized_bits, why_unreadable
 from mlx_router_server.catalogue.safetensors import WeightFacts, list_tensors, read_weights
 from mlx_router_shared.infill import infill_format
 
-__all__ = ["NotServable", "inspect_folder"]
+__all__ = ["NotServable", "check_config", "inspect_folder", "read_json"]
 
 _LARGEST_JSON: Final = 32 * 2**20
 _LARGEST_TEXT: Final = 2 * 2**20
@@ -42,18 +44,27 @@ _TOOL_MARKS: Final = (
     "[TOOL_CALLS]",
     "<atem:function_calls>",
 )
+_FOREIGN: Final = {
+    Kind.ADAPTER: "it is an adapter and goes on top of a model: name it as `adapter` of one, or create one from both",
+    Kind.DRAFT: "it is a draft head for another model and answers nothing by itself",
+    Kind.AUDIO_IN: "it hears: audio is not served here",
+    Kind.AUDIO_OUT: "it speaks: audio is not served here",
+    Kind.IMAGE: "it makes images, which are not served here",
+}
 _THINK_MARKS: Final = ("enable_thinking", "<think>", "</think>", "<|channel>thought", "<|think:start|>")
 
 
 class NotServable(Exception):
-    """Why the content of a folder is no model for us, in one sentence."""
+    """Why the content of a folder is no model for us, in one sentence, and what it is instead."""
+
+    def __init__(self, reason: str, kind: Kind = Kind.UNKNOWN) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
-def inspect_folder(folder: Path) -> ModelFiles:
-    """The facts of a model folder; raises ``NotServable``."""
-    if (folder / "fake.json").is_file():
-        return _fake_files(folder)
-    config = _read_json(folder / "config.json")
+def check_config(config: dict[str, Any]) -> tuple[str, bool]:
+    """The model type, and whether the model sees images; raises ``NotServable``. Needs no weights: it is asked before
+    gigabytes are downloaded."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise NotServable("config.json names no model_type")
@@ -62,12 +73,24 @@ def inspect_folder(folder: Path) -> ModelFiles:
         raise NotServable(f"mlx-lm has no architecture {model_type!r}")
     if "model_file" in config:
         raise NotServable("it wants to run code of its own")
-    quantization = config.get("quantization") or config.get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes":
-        raise NotServable("bitsandbytes weights cannot be read")
+    if reason := why_unreadable(config):
+        raise NotServable(reason)
+    return model_type, sees
+
+
+def inspect_folder(folder: Path, said: str = "") -> ModelFiles:
+    """The facts of a model folder; raises ``NotServable``. ``said`` is what the operator takes it for, if not what its
+    content tells: ``chat`` or ``embedding``."""
+    if (folder / "fake.json").is_file():
+        return _fake_files(folder)
+    try:
+        config = read_json(folder / "config.json")
+        model_type, sees = check_config(config)
+    except NotServable as error:
+        kind = foreign_kind(folder)
+        raise NotServable(_FOREIGN.get(kind, str(error)), kind) from None
     weight_files = _weight_files(folder)
-    bits = quantization.get("bits") if isinstance(quantization, dict) else None
-    bits = bits if isinstance(bits, int) and 1 <= bits <= 8 else None
+    bits = quantized_bits(config)
     try:
         weights = read_weights(weight_files, bits)
     except ValueError as error:
@@ -75,7 +98,7 @@ def inspect_folder(folder: Path) -> ModelFiles:
     template = _chat_template(folder)
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
-    engine, capabilities = _kind(folder, template, config, weight_files, sees)
+    engine, capabilities = _kind(folder, template, config, weight_files, sees, said)
     wants_extra = not has_vlm() and ("vision_config" in config or model_type in ENCODERS)
     return ModelFiles(
         engine=engine,
@@ -100,7 +123,7 @@ def inspect_folder(folder: Path) -> ModelFiles:
 
 def _fake_files(folder: Path) -> ModelFiles:
     """A script of the fake engine; it is served only where the configuration names it."""
-    script = _read_json(folder / "fake.json")
+    script = read_json(folder / "fake.json")
     digest = hashlib.sha256(str(folder).encode() + (folder / "fake.json").read_bytes()).hexdigest()
     memory = _number(script, "memory_bytes") or 0
     return ModelFiles(
@@ -120,7 +143,8 @@ def _fake_files(folder: Path) -> ModelFiles:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that may hold anything; raises ``NotServable`` unless it is an object of a sane size."""
     try:
         if path.stat().st_size > _LARGEST_JSON:
             raise NotServable(f"{path.name} is too large")
@@ -143,7 +167,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """The files that mlx-lm will read; an index that names a missing shard means an unfinished download."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = _read_json(index).get("weight_map")
+        shards = read_json(index).get("weight_map")
         named = set(shards.values()) if isinstance(shards, dict) else set()
         missing = sorted(str(name) for name in named if not (folder / str(name)).exists())
         if missing:
@@ -160,7 +184,7 @@ def _chat_template(folder: Path) -> str:
         return jinja.read_text(encoding="utf-8", errors="replace")
     for name in ("tokenizer_config.json", "chat_template.json"):
         try:
-            template = _read_json(folder / name).get("chat_template")
+            template = read_json(folder / name).get("chat_template")
         except NotServable:
             continue
         if isinstance(template, list):  # several named templates; "default" is the one that is used
@@ -172,7 +196,7 @@ def _chat_template(folder: Path) -> str:
 
 
 def _kind(
-    folder: Path, template: str, config: dict[str, Any], weight_files: list[Path], sees: bool
+    folder: Path, template: str, config: dict[str, Any], weight_files: list[Path], sees: bool, said: str
 ) -> tuple[str, frozenset[Capability]]:
     """Which engine runs it, and what it can do; its content tells."""
     if config["model_type"] in ENCODERS:
@@ -182,7 +206,7 @@ def _kind(
                 raise NotServable("it is a classifier, and only those with one label rank documents")
             return "rerank", frozenset({Capability.RERANK})
         return "encode", frozenset({Capability.EMBEDDING})
-    capabilities = _capabilities(folder, template)
+    capabilities = _capabilities(folder, template, said)
     if Capability.EMBEDDING in capabilities:
         return "embed", capabilities
     return ("vlm", capabilities | {Capability.VISION}) if sees else ("mlx", capabilities)
@@ -198,8 +222,9 @@ def _labels(weight_files: list[Path]) -> int:
     return 0
 
 
-def _capabilities(folder: Path, template: str) -> frozenset[Capability]:
-    if (folder / "1_Pooling" / "config.json").is_file() or (folder / "modules.json").is_file():
+def _capabilities(folder: Path, template: str, said: str) -> frozenset[Capability]:
+    pools = (folder / "1_Pooling" / "config.json").is_file() or (folder / "modules.json").is_file()
+    if said == Kind.EMBEDDING or (pools and said != Kind.CHAT):
         return frozenset({Capability.EMBEDDING})
     found = {Capability.COMPLETION}
     if "tools" in template and any(mark in template for mark in _TOOL_MARKS):
@@ -220,8 +245,8 @@ def _fake_capabilities(said: object) -> frozenset[Capability]:
 def _added_tokens(folder: Path) -> set[str]:
     """The markers of a vocabulary, which are written beside it."""
     try:
-        config = _read_json(folder / "tokenizer_config.json")
-        tokenizer = _read_json(folder / "tokenizer.json")
+        config = read_json(folder / "tokenizer_config.json")
+        tokenizer = read_json(folder / "tokenizer.json")
     except NotServable:
         return set()
     decoder = config.get("added_tokens_decoder")
@@ -236,7 +261,7 @@ def _list(value: object) -> list[Any]:
 def _parameters(folder: Path) -> str:
     """Sampling defaults as Ollama's clients read them: a name, padded to 30 columns, and a value a line."""
     try:
-        config = _read_json(folder / "generation_config.json")
+        config = read_json(folder / "generation_config.json")
     except NotServable:
         return ""
     names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from msgspec import Struct
 
 from mlx_router_shared.errors import UnsupportedCapability
 
-__all__ = ["FieldRules"]
+__all__ = ["FieldRules", "shown_in_header"]
 
+_LONGEST_HEADER: Final = 1000
 _NOTHING: tuple[Any, ...] = (None, "", [], {}, False)
+
+
+def shown_in_header(names: tuple[str, ...]) -> str:
+    """Names of fields as a header's value. They come from a stranger: what is no visible ASCII character has no place
+    in a header."""
+    return "".join(char if "!" <= char <= "~" else "?" for char in ",".join(names)[:_LONGEST_HEADER])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

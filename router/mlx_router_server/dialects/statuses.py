@@ -27,6 +27,7 @@ _STATUSES: Final[dict[ErrorCode, int]] = {
     ErrorCode.NOT_FOUND: 404,
     ErrorCode.MODEL_NOT_FOUND: 404,
     ErrorCode.MODEL_TOO_LARGE: 500,
+    ErrorCode.INSUFFICIENT_STORAGE: 507,
     ErrorCode.UNAVAILABLE: 503,
     ErrorCode.OVERLOADED: 503,
     ErrorCode.WAITED_TOO_LONG: 503,

@@ -45,6 +45,8 @@ class LoadPlan:
     parallel: int
     measured_as: str
     """The key under which measurements of this load are remembered."""
+    adapter: str = ""
+    """The folder of a LoRA adapter, or nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -133,6 +133,7 @@ class Run:
         return Load(
             model=plan.spec.name,
             path=plan.path,
+            adapter_path=plan.adapter,
             context_tokens=plan.context_tokens,
             parallel=plan.parallel,
             warm_up_seconds=self._options.warm_up_timeout_seconds,

@@ -1,0 +1,282 @@
+"""The index of all models as it is made from the disk: what is there, what each of it is, and by which names it goes.
+
+Sources, in this order; the first to give a name keeps it: the configuration, the bundled demo model, models that were
+created here, extra folders, the Hugging Face cache. Runs in a thread; what it returns is never changed again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from mlx_router_server.catalogue.aliases import SHIPPED, keyed
+from mlx_router_server.catalogue.discovery import Found, discover_folders, discover_hub
+from mlx_router_server.catalogue.entry import Capability, ModelEntry, ModelFiles
+from mlx_router_server.catalogue.inspect import NotServable, inspect_folder
+from mlx_router_server.catalogue.kinds import Kind
+from mlx_router_server.catalogue.names import ModelName, parse_name
+from mlx_router_server.catalogue.overlay import NOTHING, Overlay
+from mlx_router_server.catalogue.store import Manifest, Store
+from mlx_router_shared.errors import InvalidRequest, MlxRouterError
+
+__all__ = ["DEMO_FOLDER", "Index", "IndexBuilder", "Registered", "Sources", "Unservable"]
+
+DEMO_FOLDER: Final = Path(__file__).parent / "demo"
+_NOT_OF_OURS: Final = "a script of the fake engine is served only where the configuration names it"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registered:
+    """A model named by the operator: where it lies, and what else it is called."""
+
+    name: str
+    path: Path | None = None
+    repo: str | None = None
+    aliases: tuple[str, ...] = ()
+    adapter: Path | None = None
+    overlay: Overlay = NOTHING
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Where to look."""
+
+    demo: bool = True
+    registered: tuple[Registered, ...] = ()
+    folders: tuple[Path, ...] = ()
+    hub: Path | None = None
+    name_map: tuple[tuple[str, str], ...] = ()
+    """Patterns of foreign names to names of ours; the first that fits counts."""
+    model_aliases: tuple[tuple[str, str], ...] = ()
+    """Short names to repositories, beside those that ship."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unservable:
+    """A folder that looks like a model and cannot be asked."""
+
+    reason: str
+    kind: Kind = Kind.UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    entries: dict[str, ModelEntry] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    unservable: dict[str, Unservable] = field(default_factory=dict)
+    listed: tuple[ModelEntry, ...] = ()
+    """Newest first."""
+
+
+class IndexBuilder:
+    """Looks at the sources; files that have not changed are not read again."""
+
+    def __init__(self, sources: Sources, store: Store | None) -> None:
+        self.sources = sources
+        self._store = store
+        self._inspected: dict[tuple[Path, str, tuple[tuple[str, int, int], ...]], ModelFiles | Unservable] = {}
+
+    @property
+    def model_aliases(self) -> dict[str, str]:
+        """Those of the configuration, by the keys of their names."""
+        return keyed(dict(self.sources.model_aliases))
+
+    def stamps(self) -> tuple[tuple[str, int], ...]:
+        """Modification times of the folders in which models come and go: a few system calls, no file is opened."""
+        return tuple(sorted(self._stamps_below()))
+
+    def _stamps_below(self) -> Iterator[tuple[str, int]]:
+        if self._store is not None:
+            yield from _stamp(self._store.root / "manifests")
+            yield from _stamp(self._store.root / "pulled.json")
+        roots = [*self.sources.folders] + ([self.sources.hub] if self.sources.hub else [])
+        for root in roots:
+            yield from _stamp(root)
+            for first in _subfolders(root):
+                yield from _stamp(first)
+                for second in _subfolders(first):
+                    yield from _stamp(second)
+                    if first.name.startswith("models--") and second.name == "snapshots":
+                        for snapshot in _subfolders(second):
+                            yield from _stamp(snapshot)
+        for registered in self.sources.registered:
+            if registered.path is not None:
+                yield from _stamp(registered.path)
+
+    def build(self) -> Index:
+        entries: dict[str, ModelEntry] = {}
+        unservable: dict[str, Unservable] = {}
+        for found in self._found():
+            try:
+                name = parse_name(found.name)
+            except InvalidRequest:
+                unservable[found.name] = Unservable(reason="the name of its folder cannot be a model's name")
+                continue
+            if name.key in entries:
+                continue
+            said = self._registered(name)
+            files = self._inspect(found, said.kind)
+            if isinstance(files, Unservable):
+                unservable[found.name] = files
+                continue
+            entry = ModelEntry(name=name, path=found.path, source=found.source, files=files)
+            entries[name.key] = _with_registered(entry, said)
+        self._add_created(entries, unservable)
+        aliases = self._aliases(entries)
+        by_target: dict[str, list[str]] = {}
+        for short, target in aliases.items():
+            by_target.setdefault(target, []).append(parse_name(short).display.removesuffix(":latest"))
+        for target, shorts in by_target.items():
+            entries[target] = replace(entries[target], aliases=tuple(sorted(shorts)))
+        listed = sorted(entries.values(), key=lambda entry: entry.files.modified_at, reverse=True)
+        return Index(entries, aliases, unservable, tuple(listed))
+
+    def _registered(self, name: ModelName) -> Registered:
+        """What the configuration says of a model, wherever it was found."""
+        for registered in self.sources.registered:
+            if parse_name(registered.name).key == name.key:
+                return registered
+        return Registered(name=name.display)
+
+    def _aliases(self, entries: dict[str, ModelEntry]) -> dict[str, str]:
+        """Keys of names to keys of models: what the configuration says before what ships; a name of a model is none."""
+        aliases: dict[str, str] = {}
+        for registered in self.sources.registered:
+            target = parse_name(registered.name).key
+            if target in entries:
+                for alias in registered.aliases:
+                    aliases.setdefault(parse_name(alias).key, target)
+        for short, repository in {**keyed(SHIPPED), **self.model_aliases}.items():
+            try:
+                target = parse_name(repository).key
+            except InvalidRequest:
+                continue
+            if target in entries:
+                aliases.setdefault(short, target)
+        return {short: target for short, target in aliases.items() if short not in entries}
+
+    def _add_created(self, entries: dict[str, ModelEntry], unservable: dict[str, Unservable]) -> None:
+        """Models of the store: on the weights of others, or on their own."""
+        if self._store is None:
+            return
+        manifests, broken = self._store.manifests()
+        unservable.update({name: Unservable(reason=f"its manifest cannot be read: {why}")
+                           for name, why in broken.items()})  # fmt: skip
+        for manifest in manifests:
+            name = parse_name(manifest.name)
+            if name.key in entries:
+                if entries[name.key].source in ("config", "demo"):
+                    unservable[manifest.name] = Unservable(reason="the configuration has another model of that name")
+                    continue
+                unservable.pop(manifest.name, None)
+            entry = self._created(manifest, name, entries)
+            if isinstance(entry, Unservable):
+                unservable[manifest.name] = entry
+            else:
+                entries[name.key] = entry
+
+    def _created(self, manifest: Manifest, name: ModelName, entries: dict[str, ModelEntry]) -> ModelEntry | Unservable:
+        assert self._store is not None
+        adapter = self._store.weights_folder(manifest.adapter) if manifest.adapter else None
+        base = None
+        if manifest.weights:
+            path = self._store.weights_folder(manifest.weights)
+            files = self._inspect(Found(manifest.name, path, "created"), "")
+            if isinstance(files, Unservable):
+                return files
+        else:
+            known = entries.get(parse_name(manifest.base).key)
+            if known is None:
+                return Unservable(reason=f"the model that it was made from is not here: {manifest.base}")
+            path, files, base = known.path, known.files, known.name
+            adapter = adapter or known.adapter
+        files = replace(
+            files,
+            digest=manifest.overlay.digest_over(files.digest),
+            weights_digest=files.weights_digest or files.digest,
+            modified_at=manifest.created_at,
+            capabilities=_capabilities_with(manifest.overlay, files),
+            template=manifest.overlay.template or files.template,
+            license="\n\n".join(manifest.overlay.license) or files.license,
+        )
+        return ModelEntry(name=name, path=path, source="created", files=files, base=base, overlay=manifest.overlay,
+                          adapter=adapter, adapter_bytes=_adapter_bytes(adapter))  # fmt: skip
+
+    def _found(self) -> Iterator[Found]:
+        hub = list(discover_hub(self.sources.hub)) if self.sources.hub is not None else []
+        by_repo = {found.name.lower(): found for found in hub}
+        for registered in self.sources.registered:
+            if registered.path is not None:
+                yield Found(registered.name, registered.path, "config")
+            elif registered.repo is not None and (found := by_repo.get(registered.repo.lower())) is not None:
+                yield Found(registered.name, found.path, "config")
+        if self.sources.demo:
+            yield Found("demo", DEMO_FOLDER, "demo")
+        for folder in self.sources.folders:
+            yield from discover_folders(folder)
+        yield from hub
+
+    def _inspect(self, found: Found, said: str) -> ModelFiles | Unservable:
+        """The facts, or why there are none; read again only when a file changed."""
+        try:
+            listing = tuple(sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in found.path.iterdir()))
+        except OSError as error:
+            return Unservable(reason=f"its folder cannot be read: {error.strerror}")
+        known = self._inspected.get((found.path, said, listing))
+        if known is None:
+            try:
+                known = inspect_folder(found.path, said)
+                if known.engine == "fake" and found.source != "config":
+                    known = Unservable(
+                        reason="a script of the fake engine is served only where the configuration names it"
+                    )
+            except NotServable as error:
+                known = Unservable(reason=str(error), kind=error.kind)
+            except (OSError, MlxRouterError) as error:
+                known = Unservable(reason=f"its files cannot be read: {error}")
+            self._inspected[(found.path, said, listing)] = known
+        return known
+
+
+def _with_registered(entry: ModelEntry, said: Registered) -> ModelEntry:
+    """What the configuration puts on top of a model: as a created one has it, but under the model's own name."""
+    if said.overlay == NOTHING and said.adapter is None:
+        return entry
+    files = replace(entry.files, digest=said.overlay.digest_over(entry.files.digest), weights_digest=entry.files.digest)
+    return replace(
+        entry, files=files, overlay=said.overlay, adapter=said.adapter, adapter_bytes=_adapter_bytes(said.adapter)
+    )
+
+
+def _adapter_bytes(folder: Path | None) -> int:
+    """Of its weights; 0 where there are none, which the load will tell."""
+    try:
+        return (folder / "adapters.safetensors").stat().st_size if folder is not None else 0
+    except OSError:
+        return 0
+
+
+def _capabilities_with(overlay: Overlay, files: ModelFiles) -> frozenset[Capability]:
+    """A template of Ollama's kind knows neither this model's tools nor its thinking, and shows no images."""
+    if not overlay.template:
+        return files.capabilities
+    return files.capabilities - {Capability.TOOLS, Capability.THINKING, Capability.VISION}
+
+
+def _stamp(path: Path) -> Iterator[tuple[str, int]]:
+    try:
+        yield str(path), path.stat().st_mtime_ns
+    except OSError:
+        return
+
+
+def _subfolders(root: Path) -> list[Path]:
+    try:
+        with os.scandir(root) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir()]
+    except OSError:
+        return []

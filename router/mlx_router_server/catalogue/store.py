@@ -1,0 +1,215 @@
+"""What this server keeps of models: those that were created or copied, uploaded files, and what was pulled at which
+revision.
+
+It lies in the home folder. A name is never part of a path: files are called by hashes. Every file is written beside its
+place and moved there, so that a crash leaves the old or the new one. The functions touch the disk and are called in
+threads; two calls never write the same file at once, because each change goes through the router's management room.
+
+    store/manifests/<hash of the name>.json   one for each created model
+    store/weights/<id>/                       weights that were made here, by quantising or from uploaded files
+    store/blobs/sha256-<hex>                  uploaded files
+    store/pulled.json                         repositories that were pulled, with their revisions
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from msgspec import Struct, field
+
+from mlx_router_server.catalogue.names import parse_name
+from mlx_router_server.catalogue.overlay import Overlay
+from mlx_router_shared.errors import InvalidRequest
+
+__all__ = ["BLOB", "Manifest", "Pulled", "Store"]
+
+BLOB: Final = re.compile(r"sha256[:-]([0-9a-f]{64})")
+_STALE_SECONDS: Final = 3600.0
+_LARGEST: Final = 16 * 2**20
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """A model that was created here."""
+
+    version: int = 1
+    name: str
+    """As it was spelt; with its tag."""
+    base: str = ""
+    """The model whose weights it uses, with its tag; empty where it has weights of its own."""
+    weights: str = ""
+    """The folder of its own weights, below ``store/weights``."""
+    adapter: str = ""
+    """A folder below ``store/weights`` with an adapter."""
+    overlay: Overlay = field(default_factory=Overlay)
+    created_at: float = 0.0
+    by_pull: bool = False
+    """It is the name by which its base was pulled, and goes when that goes."""
+
+
+class Pulled(Struct, frozen=True, kw_only=True):
+    """A repository that was pulled by this server."""
+
+    repository: str
+    revision: str
+    pulled_at: float
+
+
+class Store:
+    """One home folder's; None of its methods waits for another."""
+
+    def __init__(self, home: Path) -> None:
+        self.root = home / "store"
+        self._manifests = self.root / "manifests"
+        self._weights = self.root / "weights"
+        self._blobs = self.root / "blobs"
+
+    def prepare(self) -> None:
+        """Make the folders; remove what uploads and jobs left unfinished long ago, and files that no model uses."""
+        for folder in (self._manifests, self._weights, self._blobs):
+            folder.mkdir(parents=True, exist_ok=True)
+        unused = [blob for blob in self._blobs.glob("sha256-*") if blob.stat().st_nlink == 1]
+        for left in (*unused, *self._blobs.glob(".upload-*"), *self._weights.glob(".making-*")):
+            try:
+                if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            except OSError:
+                continue
+
+    # ---------------------------------------------------------------- manifests
+
+    def manifests(self) -> tuple[list[Manifest], dict[str, str]]:
+        """All of them, and the files that are none, with the reason."""
+        found, broken = [], {}
+        for path in sorted(self._manifests.glob("*.json")):
+            try:
+                manifest = msgspec.json.decode(_read(path), type=Manifest)
+                parse_name(manifest.name)
+                for folder in (manifest.weights, manifest.adapter):
+                    if folder and not re.fullmatch(r"[0-9a-f]{8,64}", folder):
+                        raise ValueError(f"{folder!r} is no folder of this store")
+                found.append(manifest)
+            except (OSError, ValueError, msgspec.MsgspecError, InvalidRequest) as error:
+                broken[path.name] = str(error)
+        return found, broken
+
+    def put(self, manifest: Manifest) -> None:
+        """Raises ``OSError``."""
+        _write(self._manifest_path(manifest.name), msgspec.json.format(msgspec.json.encode(manifest)))
+
+    def drop(self, name: str, others: Iterable[Manifest]) -> None:
+        """Forget a created model, and remove the weights that none of the others needs."""
+        path = self._manifest_path(name)
+        manifest = msgspec.json.decode(_read(path), type=Manifest)
+        path.unlink()
+        kept = {folder for other in others for folder in (other.weights, other.adapter)}
+        for folder in (manifest.weights, manifest.adapter):
+            if folder and folder not in kept:
+                shutil.rmtree(self.weights_folder(folder), ignore_errors=True)
+
+    def _manifest_path(self, name: str) -> Path:
+        return self._manifests / (hashlib.sha256(parse_name(name).key.encode()).hexdigest()[:32] + ".json")
+
+    # ------------------------------------------------------------------ weights
+
+    def weights_folder(self, name: str) -> Path:
+        return self._weights / name
+
+    def begin_weights(self) -> Path:
+        """A folder to make weights in; ``finish_weights`` gives it its name."""
+        self._weights.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".making-", dir=self._weights))
+
+    def finish_weights(self, folder: Path, identity: str) -> str:
+        """Keep what was made, under a name that follows from ``identity``; what was there under it is replaced."""
+        name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        target = self.weights_folder(name)
+        if target.exists():
+            shutil.rmtree(target)
+        folder.chmod(0o755)
+        folder.rename(target)
+        return name
+
+    def assemble(self, files: dict[str, str]) -> Path:
+        """A folder of uploaded files: names in it, and the digests of what they hold. Nothing is copied. Raises
+        ``InvalidRequest``."""
+        for name in files:
+            if not re.fullmatch(r"(?:1_Pooling/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}", name, re.ASCII) or ".." in name:
+                raise InvalidRequest(f"{name!r} cannot be the name of a file here", param="files")
+        folder = self.begin_weights()
+        try:
+            for name, digest in files.items():
+                blob = self.blob_path(digest)
+                if not blob.is_file():
+                    raise InvalidRequest(f"the file {name!r} was not uploaded: POST /api/blobs/{digest}", param="files")
+                (folder / name).parent.mkdir(exist_ok=True)
+                os.link(blob, folder / name)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return folder
+
+    # -------------------------------------------------------------------- blobs
+
+    def blob_path(self, digest: str) -> Path:
+        """Raises ``InvalidRequest`` for what is no digest."""
+        match = BLOB.fullmatch(digest)
+        if match is None:
+            raise InvalidRequest("invalid digest format")
+        return self._blobs / f"sha256-{match[1]}"
+
+    def free_bytes(self) -> int:
+        """Room on the disk that the store is on."""
+        return shutil.disk_usage(self.root if self.root.exists() else self.root.parent).free
+
+    # ------------------------------------------------------------------- pulled
+
+    def pulled(self) -> dict[str, Pulled]:
+        """By repository, in lower case; empty where the file is missing or broken."""
+        try:
+            records = msgspec.json.decode(_read(self.root / "pulled.json"), type=list[Pulled])
+        except (OSError, ValueError, msgspec.MsgspecError):
+            return {}
+        return {record.repository.lower(): record for record in records}
+
+    def note_pulled(self, repository: str, revision: str) -> None:
+        """Raises ``OSError``."""
+        records = {**self.pulled(), repository.lower(): Pulled(repository=repository, revision=revision,
+                                                               pulled_at=time.time())}  # fmt: skip
+        self._write_pulled(records)
+
+    def forget_pulled(self, repository: str) -> None:
+        records = self.pulled()
+        if records.pop(repository.lower(), None) is not None:
+            self._write_pulled(records)
+
+    def _write_pulled(self, records: dict[str, Pulled]) -> None:
+        _write(self.root / "pulled.json", msgspec.json.format(msgspec.json.encode(list(records.values()))))
+
+
+def _read(path: Path) -> bytes:
+    if path.stat().st_size > _LARGEST:
+        raise ValueError(f"{path.name} is too large")
+    return path.read_bytes()
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""Models that come, are made, copied and removed: what the routes, the commands and downloads on demand share."""
