@@ -16,8 +16,9 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from mlx_router_server.access.keys import Scope, keys_file, make_key, write_keys
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER
-from tests.support.http import Reply, call
+from tests.support.http import RawStream, Reply, call
 from tests.support.hub import Hub, running_hub
 from tests.support.router import DEADLINE, RouterProcess, running_router, wait_until
 
@@ -358,3 +359,92 @@ def test_fields_that_are_ignored_are_named(hub: Hub, home: Path) -> None:
     with _with(hub, home) as router:
         reply = _reply(router, {"model": _REPO, "insecure": True, "username": "x", "stream": False})
         assert reply.headers["x-ignored-fields"] == "insecure,username"
+
+
+_CHAT = {"messages": [{"role": "user", "content": "Hello!"}]}
+_ROUTES: dict[str, dict[str, Any]] = {
+    "/api/chat": {**_CHAT, "stream": False},
+    "/v1/chat/completions": _CHAT,
+    "/v1/messages": {**_CHAT, "max_tokens": 40},
+    "/v1/responses": {"input": "Hello!"},
+}
+
+
+@pytest.mark.req("R31", "R5")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--download-allowlist", "mlx-community/*"],
+        ["--allow-download", "true"],
+        ["--allow-download", "true", "--download-allowlist", "other/*"],
+        ["--allow-download", "true", "--download-allowlist", "mlx-community/*", "--hub-cache", "false"],
+    ],
+    ids=str,
+)
+def test_nothing_is_downloaded_unless_it_is_allowed_twice(hub: Hub, home: Path, arguments: list[str]) -> None:
+    with _with(hub, home, *arguments) as router:
+        for path, body in _ROUTES.items():
+            reply = call(router, "POST", path, {"model": _REPO, **body})
+            assert reply.status == (400 if "--hub-cache" in arguments else 404), (path, reply.body)
+        assert hub.requests == []
+        assert not _jobs(router)
+
+
+@pytest.mark.req("R31", "R19")
+@pytest.mark.parametrize("path", sorted(_ROUTES))
+def test_an_allowed_model_is_fetched_loaded_and_answers(hub: Hub, home: Path, path: str) -> None:
+    arguments = ["--allow-download", "true", "--download-allowlist", "mlx-community/tiny*,other/*"]
+    with _with(hub, home, *arguments) as router:
+        reply = call(router, "POST", path, {"model": _REPO, **_ROUTES[path]})
+        assert (reply.status, b"Hello! I am the demo model" in reply.body) == (200, True), reply.body
+        # What it is was not known before: what it cannot do is told when it is there.
+        assert call(router, "POST", "/v1/embeddings", {"model": _REPO, "input": "x"}).status == 400
+        # Names that stand for nothing on the list are not there, as ever.
+        for name in ("nosuch", "mlx-community/Another", "../x"):
+            assert call(router, "POST", path, {"model": name, **_ROUTES[path]}).status in (400, 404)
+        assert {path.split("/")[2] for _, path, _ in hub.requests if path.startswith("/mlx")} == {"Tiny-4bit"}
+
+
+@pytest.mark.req("R31", "R19")
+def test_streams_tell_how_far_a_download_is(hub: Hub, home: Path, tmp_path: Path) -> None:
+    hub.add_folder(_REPO, _large(tmp_path))
+    hub.gate = threading.Event()
+    arguments = ["--allow-download", "true", "--download-allowlist", "*", "--heartbeat-seconds", "0.1"]
+    with _with(hub, home, *arguments) as router:
+        body = {"model": _REPO, "stream": True, "max_tokens": 2, "options": {"num_predict": 2}, **_CHAT}
+        streams = {
+            path: RawStream(router, path, body) for path in ("/v1/chat/completions", "/v1/messages", "/api/chat")
+        }
+        for stream in streams.values():
+            stream.read_until(b"downloading mlx-community/Tiny-4bit:latest: 6")
+        (download,) = router.status()["router"]["downloads"]
+        assert download["repository"] == _REPO
+        assert 0 < download["completed"] < download["total"]
+        # Whoever does not want to wait so long is told to come back.
+        late = call(router, "POST", "/api/chat", {**body, "stream": False}, x_deadline_seconds="0.2")
+        assert (late.status, "downloading" in late.json()["error"]) == (503, True)
+        assert int(late.headers["retry-after"]) >= 1
+        hub.gate.set()
+        ends = {path: stream.read_to_end() for path, stream in streams.items()}
+        assert b"[DONE]" in ends["/v1/chat/completions"]
+        assert b"message_stop" in ends["/v1/messages"]
+        assert b'"done":true' in ends["/api/chat"]
+        assert len(router.client.get("/api/ps")["models"]) == 1
+
+
+@pytest.mark.req("R31")
+def test_a_key_for_inference_alone_downloads_nothing(hub: Hub, home: Path) -> None:
+    keys = {}
+    stored = []
+    for name, scopes in (("talks", [Scope.INFERENCE]), ("pulls", [Scope.INFERENCE, Scope.PULL])):
+        keys[name], key = make_key(name, scopes)
+        stored.append(key)
+    write_keys(keys_file(home), stored)
+    with _with(hub, home, "--allow-download", "true", "--download-allowlist", "*") as router:
+        body = {"model": _REPO, **_ROUTES["/api/chat"]}
+        refused = call(router, "POST", "/api/chat", body, x_api_key=keys["talks"])
+        assert (refused.status, "scope pull" in refused.json()["error"]) == (403, True)
+        assert hub.requests == []
+        assert call(router, "POST", "/api/chat", body, x_api_key=keys["pulls"]).status == 200
+        assert call(router, "POST", "/api/chat", body, x_api_key=keys["talks"]).status == 200

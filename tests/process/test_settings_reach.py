@@ -17,6 +17,7 @@ import pytest
 from mlx_router_server import setting_kinds as kinds
 from mlx_router_server.cli.client import Client
 from mlx_router_server.settings import Settings, describe_settings
+from tests.support.fakes import fake_config
 from tests.support.router import DEADLINE, running_router, wait_until
 
 _KEY = "a-key-for-everything"
@@ -160,12 +161,12 @@ def test_on_demand_takes_effect(home: Path, entry: str) -> None:
 
 
 @pytest.mark.req("R23", "R26")
-def test_twenty_swaps_change_no_setting_and_no_list(home: Path, models_dir: Path) -> None:
-    arguments = ["--models-dir", str(models_dir), "--max-loaded-models", "1", "--default-model", "small"]
-    with running_router(home, *arguments) as router:
+def test_twenty_swaps_change_no_setting_and_no_list(home: Path) -> None:
+    arguments = fake_config(home, {"small": {"tokens": 1}, "other": {"tokens": 1}}, default_model="small")
+    with running_router(home, *arguments, "--max-loaded-models", "1") as router:
         before = router.client.get("/admin/config"), _ids(router.client)
         for number in range(20):
-            router.generate("small" if number % 2 else "other", options={"num_predict": 1})
+            router.generate("small" if number % 2 else "other")
             assert _ids(router.client) == before[1]
         assert (router.client.get("/admin/config"), _ids(router.client)) == before
         assert sum(model["loads"] for model in router.status()["models"]) == 20

@@ -226,7 +226,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     return
                 if hub.bytes_per_second:
                     time.sleep(max(sent / hub.bytes_per_second - (time.monotonic() - began), 0))
-                if hub.gate is not None and path.endswith(_LFS) and begin + sent >= size * 0.6:
+                if hub.gate is not None and path.endswith(_LFS) and begin + sent >= size * 0.65:
                     hub.gate.wait(30)
 
         def _json(self, data: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:

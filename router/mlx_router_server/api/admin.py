@@ -74,6 +74,12 @@ async def status(request: Request) -> Response:
         "standby_pids": supervisor.standby_pids,
         "kill_incidents": supervisor.kill_incidents,
         "stranded_incidents": supervisor.stranded_incidents,
+        "downloads": []
+        if server.models is None
+        else [
+            {"repository": repository, "completed": completed, "total": total}
+            for repository, (completed, total) in server.models.pulls.progress().items()
+        ],
         "unservable": {name: what.reason for name, what in server.catalogue.unservable.items()},
         "unservable_kinds": {name: what.kind for name, what in server.catalogue.unservable.items()},
     }

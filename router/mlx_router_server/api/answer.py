@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from mlx_router_server.api.disconnect import ClientLeft, unless_client_leaves
+from mlx_router_server.api.download import Download, allowed_download
 from mlx_router_server.api.errors import error_response
 from mlx_router_server.api.heartbeat import Heartbeat, beating
 from mlx_router_server.api.overlay import apply_overlay
@@ -31,7 +32,7 @@ from mlx_router_server.dialects.fields import shown_in_header
 from mlx_router_server.dialects.statuses import for_the_public
 from mlx_router_server.workers.lease import Lease
 from mlx_router_server.workers.plan import LoadPlan, Wishes
-from mlx_router_shared.errors import InvalidRequest, MlxRouterError
+from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFound
 from mlx_router_shared.generation import Event, Failure, Finish, error_of
 from mlx_router_shared.generation import Request as CanonicalRequest
 
@@ -77,16 +78,25 @@ async def admit(request: Request, call: Call) -> tuple[ModelEntry, Call]:
 async def answer(request: Request, call: Call, style: AnswerStyle) -> Answer:
     """What every inference handler returns."""
     server = server_of(request)
-    entry, call = await admit(request, call)
-    return Answer(server, server.plan(entry), call, read_wishes(request, call.keep_alive_seconds), style)
+    wishes = read_wishes(request, call.keep_alive_seconds)
+    try:
+        entry, admitted = await admit(request, call)
+    except ModelNotFound:
+        absent = allowed_download(server, call.model, caller_of(request))
+        if absent is None:
+            raise
+        return Answer(server, call, wishes, style, Download(server, absent, lambda: admit(request, call)))
+    return Answer(server, admitted, wishes, style, server.plan(entry))
 
 
 class Answer:
     """The response to one call; the clock starts when it is made."""
 
-    def __init__(self, server: Server, plan: LoadPlan, call: Call, wishes: Wishes, style: AnswerStyle) -> None:
+    def __init__(
+        self, server: Server, call: Call, wishes: Wishes, style: AnswerStyle, plan: LoadPlan | Download
+    ) -> None:
         self._server = server
-        self._plan = plan
+        self._planned = plan
         self._call = call
         self._wishes = wishes
         self._style = style
@@ -108,10 +118,11 @@ class Answer:
             log.info("event=ignored_fields request=%s names=%r", request_id, ",".join(self._call.ignored))
         outcome = "ok"
         happenings = self._server.supervisor.happenings
-        happenings.tell("request", request=request_id, model=self._plan.spec.name, stream=self._call.stream)
+        happenings.tell("request", request=request_id, model=self._name, stream=self._call.stream)
         try:
             if renderer is None:
-                async with self._server.door.acquire(self._plan, self._wishes, label=request_id) as lease:
+                plan = await self._plan()
+                async with self._server.door.acquire(plan, self._wishes, label=request_id) as lease:
                     self._loaded = time.monotonic()
                     await self._send_whole(lease, send)
             else:
@@ -130,16 +141,27 @@ class Answer:
             log.info(
                 "event=request request=%s model=%r stream=%s outcome=%s seconds=%.3f load_seconds=%.3f",
                 request_id,
-                self._plan.spec.name,
+                self._name,
                 self._call.stream,
                 outcome,
                 self._seconds(),
                 self._loaded - self._received,
             )
             happenings.tell(
-                "request_ended", request=request_id, model=self._plan.spec.name, outcome=outcome,
+                "request_ended", request=request_id, model=self._name, outcome=outcome,
                 seconds=round(self._seconds(), 3), load_seconds=round(self._loaded - self._received, 3),
             )  # fmt: skip
+
+    @property
+    def _name(self) -> str:
+        return self._planned.spec.name if isinstance(self._planned, LoadPlan) else self._call.model
+
+    async def _plan(self) -> LoadPlan:
+        """How the model is loaded; an absent one is fetched first, and only then it is known what it can be asked."""
+        if isinstance(self._planned, Download):
+            entry, self._call = await self._planned.run(self._wishes.deadline_seconds)
+            self._planned = self._server.plan(entry)
+        return self._planned
 
     async def _send_whole(self, lease: Lease, send: Send) -> None:
         transcripts = [Transcript() for _ in self._call.requests]
@@ -164,12 +186,13 @@ class Answer:
         async def beat() -> None:
             moment = self._moment()
             await self._begin(renderer, moment, send)
-            await self._send_part(renderer.keep_alive(moment), moment, send)
+            note = self._planned.note if isinstance(self._planned, Download) else ""
+            await self._send_part(renderer.keep_alive(moment, note), moment, send)
 
         transcripts = [Transcript() for _ in self._call.requests]
         async with (
             beating(self._heartbeat, self._server.settings.heartbeat_seconds, beat),
-            self._server.door.acquire(self._plan, self._wishes, label=request_id) as lease,
+            self._server.door.acquire(await self._plan(), self._wishes, label=request_id) as lease,
         ):
             self._loaded = time.monotonic()
             async with aclosing(self._events(lease)) as batches:

@@ -77,12 +77,24 @@ async def version(request: Request) -> Response:
 async def tags(request: Request) -> Response:
     server = server_of(request)
     await server.catalogue.wait_ready()
-    models = []
-    for entry in server.listed(caller_of(request)):
-        details = {**_details(entry), "context_length": entry.files.context_tokens}
-        models.append({**_head(entry), "modified_at": answers.local_time(entry.files.modified_at), "details": details,
-                       "capabilities": sorted(entry.files.capabilities)})  # fmt: skip
-    return _json({"models": models})
+    items = server.list_models("tags", _tag, server.listed(caller_of(request)))
+    return Response(b'{"models":[' + items + b"]}", media_type=_JSON)
+
+
+def _tag(entry: ModelEntry, state: State) -> bytes:
+    """One model of /api/tags; kind, aliases and state are ours."""
+    files = entry.files
+    return msgspec.json.encode(
+        {
+            **_head(entry),
+            "modified_at": answers.local_time(files.modified_at),
+            "details": {**_details(entry), "context_length": files.context_tokens},
+            "capabilities": sorted(files.capabilities),
+            "kind": files.kind,
+            "aliases": entry.aliases,
+            "state": state,
+        }
+    )
 
 
 async def running(request: Request) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -13,12 +14,14 @@ from starlette.routing import BaseRoute, Route
 from mlx_router_server.api.answer import Answer, AnswerStyle, answer
 from mlx_router_server.api.errors import is_anthropic
 from mlx_router_server.api.server import caller_of, read_body, server_of
-from mlx_router_server.catalogue.entry import ModelEntry
+from mlx_router_server.catalogue.entry import Capability, ModelEntry
+from mlx_router_server.catalogue.kinds import Kind
 from mlx_router_server.dialects import openai_answers as answers
 from mlx_router_server.dialects.anthropic_answers import model_entry
 from mlx_router_server.dialects.call import Call
 from mlx_router_server.dialects.embedding_requests import parse_embeddings, parse_rerank
 from mlx_router_server.dialects.openai_requests import parse_chat_completion, parse_completion
+from mlx_router_server.lifecycle.states import State
 from mlx_router_shared.errors import InvalidRequest
 
 __all__ = ["routes"]
@@ -32,10 +35,28 @@ async def models(request: Request) -> Response:
     """The same path for two APIs; each object has the keys of both, and a header tells which list is wanted."""
     server = server_of(request)
     await server.catalogue.wait_ready()
-    data = [_model(entry, entry.name.display) for entry in server.listed(caller_of(request))]
+    query = dict(request.query_params)
+    wanted = _filter(query)
+    entries = [entry for entry in server.listed(caller_of(request)) if wanted(entry)]
     if is_anthropic(request.scope):
-        return _json(_page(data, dict(request.query_params)))
-    return _json({"object": "list", "data": data})
+        return _json(_page([_model(entry, server.state(entry), entry.name.display) for entry in entries], query))
+    items = server.list_models("models", _item, entries)
+    return Response(b'{"object":"list","data":[' + items + b"]}", media_type="application/json")
+
+
+def _item(entry: ModelEntry, state: State) -> bytes:
+    return msgspec.json.encode(_model(entry, state, entry.name.display))
+
+
+def _filter(query: dict[str, str]) -> Callable[[ModelEntry], bool]:
+    """``type`` and ``capability`` narrow the list; without them it is everything that can be asked for."""
+    kind, capability = query.get("type"), query.get("capability")
+    for name, said, known in (("type", kind, Kind), ("capability", capability, Capability)):
+        if said is not None and said not in set(known):
+            raise InvalidRequest(f"{name} is none of {', '.join(known)}", param=name)
+    return lambda entry: (
+        (kind is None or entry.files.kind == kind) and (capability is None or capability in entry.files.capabilities)
+    )
 
 
 def _page(data: list[dict[str, Any]], query: dict[str, str]) -> dict[str, Any]:
@@ -59,14 +80,27 @@ def _page(data: list[dict[str, Any]], query: dict[str, str]) -> dict[str, Any]:
 
 async def model(request: Request) -> Response:
     """One model; its name may hold slashes, encoded or not."""
-    requested = request.path_params["name"]
-    return _json(_model(await server_of(request).resolve(requested, caller_of(request)), requested))
+    requested, server = request.path_params["name"], server_of(request)
+    entry = await server.resolve(requested, caller_of(request))
+    return _json(_model(entry, server.state(entry), requested))
 
 
-def _model(entry: ModelEntry, name: str) -> dict[str, Any]:
-    anthropic = model_entry(name, entry.files.modified_at, entry.files.context_tokens)
-    openai = {"object": "model", "created": int(entry.files.modified_at), "owned_by": entry.name.namespace}
-    return {**anthropic, **openai}
+def _model(entry: ModelEntry, state: State, name: str) -> dict[str, Any]:
+    """The keys of both APIs, and what is known besides."""
+    files = entry.files
+    return {
+        **model_entry(name, files.modified_at, files.context_tokens),
+        "object": "model",
+        "created": int(files.modified_at),
+        "owned_by": entry.name.namespace,
+        # For pickers that want to know more; no client minds.
+        "kind": files.kind,
+        "capabilities": sorted(files.capabilities),
+        "size": files.size_bytes,
+        "context_length": files.context_tokens,
+        "aliases": list(entry.aliases),
+        "state": state,
+    }
 
 
 async def chat_completions(request: Request) -> Answer:

@@ -6,7 +6,7 @@ import asyncio
 import fnmatch
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -14,6 +14,7 @@ from typing import Final, Protocol
 from starlette.requests import Request
 
 from mlx_router_server.access.keys import Caller, KeyRing
+from mlx_router_server.api.listing import Listing
 from mlx_router_server.api.response_store import ResponseStore
 from mlx_router_server.catalogue.catalogue import Catalogue, Sources
 from mlx_router_server.catalogue.entry import Capability, ModelEntry, install_command
@@ -65,6 +66,7 @@ class Server:
     """None: there is no home folder to keep any in."""
     started_at: float = field(default_factory=time.time)
     responses: ResponseStore = field(default_factory=ResponseStore)
+    listings: dict[str, Listing] = field(default_factory=dict)
 
     @property
     def door(self) -> Door:
@@ -113,7 +115,9 @@ class Server:
 
     def listed(self, caller: Caller) -> list[ModelEntry]:
         """What the caller can ask for: everything it may use, or with on_demand off what of that is loaded."""
-        entries = [entry for entry in self.catalogue.entries() if caller.may_use(entry.names)]
+        entries = self.catalogue.entries()
+        if caller.models:
+            entries = [entry for entry in entries if caller.may_use(entry.names)]
         return entries if self.settings.on_demand else [entry for entry in entries if self._loaded(entry)]
 
     def plan(self, entry: ModelEntry) -> LoadPlan:
@@ -182,6 +186,20 @@ class Server:
 
     def view(self, entry: ModelEntry) -> ModelView | None:
         return self.supervisor.view(entry.runner)
+
+    def list_models(self, kind: str, render: Callable[[ModelEntry, State], bytes], entries: list[ModelEntry]) -> bytes:
+        """The items of a JSON array, with the state of each model."""
+        states = {view.name: view.state for view in self.supervisor.views()}
+        listing = self.listings.get(kind)
+        if listing is None:
+            listing = self.listings[kind] = Listing(render)
+        return listing.join(
+            [(entry, states.get(entry.runner, State.UNLOADED)) for entry in entries], self.catalogue.generation
+        )
+
+    def state(self, entry: ModelEntry) -> State:
+        view = self.view(entry)
+        return view.state if view is not None else State.UNLOADED
 
     def _loaded(self, entry: ModelEntry) -> bool:
         view = self.view(entry)

@@ -34,6 +34,7 @@ class Catalogue:
         self._builder = IndexBuilder(sources, store)
         self._default_model = default_model
         self._index = Index()
+        self._generation = 0
         self._stamps: tuple[tuple[str, int], ...] = ()
         self._building = asyncio.Lock()
         self._looked = asyncio.Event()
@@ -47,6 +48,7 @@ class Catalogue:
         async with self._building:
             self._builder.sources, self._default_model = sources, default_model
             self._index = await asyncio.to_thread(self._builder.build)
+            self._generation += 1
 
     async def stop(self) -> None:
         if self._refresher is not None:
@@ -56,6 +58,11 @@ class Catalogue:
     async def wait_ready(self) -> None:
         """Until the disk was looked at once."""
         await self._looked.wait()
+
+    @property
+    def generation(self) -> int:
+        """Another number for each index."""
+        return self._generation
 
     @property
     def ready(self) -> bool:
@@ -106,7 +113,10 @@ class Catalogue:
 
     def repository(self, name: ModelName) -> str | None:
         """The repository on the hub that a name stands for, whether it is here or not; None when it stands for none."""
-        return repository_of(name, self._builder.model_aliases)
+        configured = {
+            parse_name(said.name).key: said.repo for said in self._builder.sources.registered if said.repo is not None
+        }
+        return repository_of(name, {**self._builder.model_aliases, **configured})
 
     def _find_mapped(self, requested: str) -> ModelEntry | None:
         """A name of somebody else's, by the operator's patterns; never looked up anywhere."""
@@ -133,6 +143,7 @@ class Catalogue:
             if stamps != self._stamps or not self._looked.is_set():
                 index = await asyncio.to_thread(self._builder.build)
                 before, self._index, self._stamps = self._index, index, stamps
+                self._generation += 1
                 self._looked.set()
                 if before.entries.keys() != index.entries.keys():
                     log.info("event=catalogue models=%d unservable=%d", len(index.entries), len(index.unservable))

@@ -138,8 +138,8 @@ class AnthropicStream:
     def start(self, moment: Moment) -> bytes:
         return b""  # message_start tells the length of the prompt, which is known with the first event
 
-    def keep_alive(self, moment: Moment) -> bytes:
-        return _frame("ping")
+    def keep_alive(self, moment: Moment, note: str = "") -> bytes:
+        return (f": {note}\n\n".encode() if note else b"") + _frame("ping")
 
     def on(self, event: Event, moment: Moment, choice: int = 0) -> bytes:
         match event:

@@ -86,8 +86,8 @@ class StreamRenderer(Protocol):
     def start(self, moment: Moment) -> bytes:
         """What goes out before the first event; may be empty."""
 
-    def keep_alive(self, moment: Moment) -> bytes:
-        """A sign of life that clients of this API pass over."""
+    def keep_alive(self, moment: Moment, note: str = "") -> bytes:
+        """A sign of life that clients of this API pass over; ``note`` is for people who look at the bytes."""
 
     def on(self, event: Event, moment: Moment, choice: int = 0) -> bytes:
         """One event of one choice; ``Finish`` ends that choice, ``Failure`` never comes here."""

@@ -134,9 +134,10 @@ class OllamaStream:
     def start(self, moment: Moment) -> bytes:
         return b""
 
-    def keep_alive(self, moment: Moment) -> bytes:
+    def keep_alive(self, moment: Moment, note: str = "") -> bytes:
         """A whole object without text: blank lines break Ollama's Python client."""
-        return self._line(_object(self._kind, self._model, moment, "", "", []))
+        line = _object(self._kind, self._model, moment, "", "", [])
+        return self._line({**line, "status": note} if note else line)
 
     def on(self, event: Event, moment: Moment, choice: int = 0) -> bytes:
         match event:

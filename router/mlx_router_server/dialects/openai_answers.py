@@ -170,9 +170,9 @@ class OpenAIStream:
             return b""
         return b"".join(self._chunk(n, {"role": "assistant", "content": ""}) for n in range(self._choices))
 
-    def keep_alive(self, moment: Moment) -> bytes:
+    def keep_alive(self, moment: Moment, note: str = "") -> bytes:
         """A comment, which every reader of server-sent events passes over."""
-        return b": waiting\n\n"
+        return f": {note or 'waiting'}\n\n".encode()
 
     def on(self, event: Event, moment: Moment, choice: int = 0) -> bytes:
         match event:

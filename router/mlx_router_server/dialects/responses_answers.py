@@ -159,9 +159,9 @@ class ResponsesStream:
         begun = _response(self._id, self._asked, self._created_at, [], None, None)
         return self._frame("response.created", response=begun) + self._frame("response.in_progress", response=begun)
 
-    def keep_alive(self, moment: Moment) -> bytes:
+    def keep_alive(self, moment: Moment, note: str = "") -> bytes:
         """A comment, which every reader of server-sent events passes over."""
-        return b": waiting\n\n"
+        return f": {note or 'waiting'}\n\n".encode()
 
     def on(self, event: Event, moment: Moment, choice: int = 0) -> bytes:
         match event:

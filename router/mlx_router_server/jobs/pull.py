@@ -362,8 +362,8 @@ def main() -> None:
     """Read the job, do it, tell; the process is over when its standard input is."""
     job = decode_job(sys.stdin.buffer.readline())
     assert isinstance(job, PullJob)
-    # huggingface_hub hands on ten million bytes at a time: ten seconds without a sign at a megabyte a second, and all of
-    # them lost when the connection breaks off.
+    # huggingface_hub hands on ten million bytes at a time: ten seconds without a sign at a megabyte a second, and all
+    # of them lost when the connection breaks off.
     constants.DOWNLOAD_CHUNK_SIZE = _CHUNK
 
     def write(event: JobEvent) -> None:
