@@ -10,7 +10,7 @@ AGENTS := .venv-agents
 LOOPBACK_ONLY := unshare --user --map-root-user --net sh -c 'ip link set lo up && exec sh -c "$$0"'
 # Installed once with everything that development needs; repeated when the project file changes.
 
-.PHONY: docs help setup run test test-agents test-clients test-extras test-open-webui test-slow soak fuzz check lint types imports format bench bench-swaps demo-model clean
+.PHONY: docs screens help setup run test test-agents test-clients test-extras test-open-webui test-slow soak fuzz check lint types imports format bench bench-swaps demo-model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -97,6 +97,9 @@ demo-model: $(INSTALLED) ## train the bundled demo model anew (minutes)
 
 clean: ## remove what the other commands made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+screens: $(INSTALLED) ## type the commands into a terminal (tmux) and write docs/cli.md
+	$(BIN)/python -m tests.screens
 
 docs: $(INSTALLED) ## render the parts of docs/ and configs/ that come from the code
 	$(BIN)/python -m tests.meta.render_docs

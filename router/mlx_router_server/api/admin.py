@@ -166,19 +166,19 @@ def _model(server: Server, view: ModelView | None, name: str) -> dict[str, Any]:
 async def load(request: Request) -> Response:
     """Load a model and answer when it is ready; forgets earlier failures."""
     server = server_of(request)
-    plan = server.plan(await server.resolve(request.path_params["name"], caller_of(request)))
+    entry = await server.resolve(request.path_params["name"], caller_of(request))
     wishes = read_wishes(request, explicit=True)
-    waited = await unless_client_leaves(request.receive, load_only(server, plan, wishes))
-    return _json({"name": plan.spec.name, "state": State.READY, "waited_seconds": round(waited, 3)})
+    waited = await unless_client_leaves(request.receive, load_only(server, server.plan(entry), wishes))
+    return _json({"name": entry.name.display, "state": State.READY, "waited_seconds": round(waited, 3)})
 
 
 async def unload(request: Request) -> Response:
     """Let a model go once nobody uses it; answers when its memory is back, or at once if it is still in use."""
     server = server_of(request)
-    name = server.plan(await server.resolve(request.path_params["name"], caller_of(request))).spec.name
-    server.supervisor.unload(name, "unloaded by the operator")
-    state = await unless_client_leaves(request.receive, _until_gone(server, name))
-    return _json({"name": name, "state": state})
+    entry = await server.resolve(request.path_params["name"], caller_of(request))
+    server.supervisor.unload(entry.runner, "unloaded by the operator")
+    state = await unless_client_leaves(request.receive, _until_gone(server, entry.runner))
+    return _json({"name": entry.name.display, "state": state})
 
 
 async def pin(request: Request) -> Response:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import os
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
 from mlx_router_server.access.keys import local_key
@@ -40,6 +41,19 @@ class ApiError(Exception):
         self.message = message
 
 
+class _Shown:
+    """A file that tells how much of it was read."""
+
+    def __init__(self, stream: IO[bytes], show: Callable[[int], None]) -> None:
+        self._stream = stream
+        self._show = show
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._show(self._stream.tell())
+        return data
+
+
 class Client:
     """Talks to one router; each call is one connection."""
 
@@ -56,11 +70,47 @@ class Client:
     def post(self, path: str, body: Any = None) -> Any:
         return self._whole("POST", path, body)
 
+    def delete(self, path: str, body: Any) -> int:
+        """The bytes that are free again."""
+        connection, response = self._send("DELETE", path, body)
+        try:
+            data = response.read()
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise _api_error(response.status, data)
+        return int(response.headers.get("x-freed-bytes") or 0)
+
+    def upload(self, path: str, file: Path, show: Callable[[int], None]) -> None:
+        """A file to where its hash is its name; nothing is sent when it is there."""
+        connection, response = self._send("HEAD", path, None)
+        connection.close()
+        if response.status == 200:
+            show(file.stat().st_size)
+            return
+        with file.open("rb") as stream:
+            connection, response = self._send("POST", path, _Shown(stream, show), file.stat().st_size)
+            try:
+                data = response.read()
+            finally:
+                connection.close()
+        if response.status not in (200, 201):
+            raise _api_error(response.status, data)
+
     def stream(self, path: str, body: Any) -> Generator[dict[str, Any], None, None]:
+        """The objects of an answer, as they come, up to one that says ``done``."""
+        yield from self.lines(path, body, lambda data: data.get("done") is True)
+
+    def lines(
+        self,
+        path: str,
+        body: Any,
+        is_last: Callable[[dict[str, Any]], bool] = lambda data: data.get("status") == "success",
+    ) -> Generator[dict[str, Any], None, None]:
         """The objects of an NDJSON answer, as they come; an error object raises ``ApiError``, and an answer that ends
         without its last object ``NoRouter``.
 
-        Closing the iterator closes the connection, which stops the generation.
+        Closing the iterator closes the connection, which stops the work.
         """
         connection, response = self._send("POST", path, body)
         try:
@@ -71,7 +121,7 @@ class Client:
                 data = json.loads(line)
                 if "error" in data:
                     raise ApiError(500, data["error"])
-                whole = data.get("done") is True
+                whole = is_last(data)
                 yield data
             if not whole:
                 raise ConnectionResetError("it ended in the middle of an answer")
@@ -101,12 +151,19 @@ class Client:
             connection.close()
         if response.status != 200:
             raise _api_error(response.status, data)
-        return json.loads(data)
+        return json.loads(data) if data else None
 
-    def _send(self, method: str, path: str, body: Any) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    def _send(
+        self, method: str, path: str, body: Any, size: int | None = None
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        """``size`` is that of a body which is a stream of bytes; any other is sent as JSON."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=_CONNECT_SECONDS)
-        data = json.dumps(body).encode() if body is not None else None
-        headers = {"content-type": "application/json"} if data else {}
+        headers = {}
+        data = body
+        if size is not None:
+            headers = {"content-length": str(size), "content-type": "application/octet-stream"}
+        elif body is not None:
+            headers, data = {"content-type": "application/json"}, json.dumps(body).encode()
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
         try:

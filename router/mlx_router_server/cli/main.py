@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from mlx_router_server.access.keys import Scope
-from mlx_router_server.cli import config, keys, models, run, start
+from mlx_router_server.cli import completion, config, doctor, keys, manage, models, run, start
 from mlx_router_server.cli.client import ApiError, NoRouter
 from mlx_router_server.settings import Settings, describe_settings, flags_of
 from mlx_router_server.settings_layers import SettingsError, load_settings
@@ -29,7 +29,14 @@ Command = Callable[[argparse.Namespace, Settings], int]
 
 def main() -> None:
     """Run the command that ``sys.argv`` names and exit."""
-    options = build_parser().parse_args()
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:
+        completion.complete(parser)
+    options, rest = parser.parse_known_args()
+    if rest:
+        if options.command is not run.run or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.prompt += rest  # argparse has given up on a list of words when a flag stood before it
     try:
         settings = load_settings(flags_of(options), dict(os.environ), options.config)
         command: Command = options.command
@@ -70,7 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
     _table(_client(commands.add_parser("ps", help="models that are loaded"), models.ps))
     listing = _table(_client(commands.add_parser("list", aliases=["ls"], help="models that can be asked for"), models.list_models))  # fmt: skip  # noqa: E501
     listing.add_argument("prefix", nargs="?", default="", metavar="PREFIX")
+    listing.add_argument("--aliases", action="store_true", help="short names, and the repositories they stand for")
     show = _table(_client(commands.add_parser("show", help="what is known of a model"), models.show))
+    for part in ("license", "modelfile", "parameters", "template", "system"):
+        show.add_argument(f"--{part}", action="store_true", help=f"only its {part}")
     show.add_argument("model", metavar="MODEL")
     load = _table(_client(commands.add_parser("load", help="load a model now"), models.load))
     load.add_argument("model", metavar="MODEL")
@@ -90,14 +100,44 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--keepalive", metavar="DURATION", help="how long the model stays loaded afterwards")
     chat.add_argument("--think", choices=("true", "false", "low", "medium", "high", "max"), help="think or do not")
     chat.add_argument("--hidethinking", action="store_true", help="do not show the thinking")
+    chat.add_argument("--format", metavar="json | SCHEMA", help="have answers keep to JSON, or to a JSON schema")
     chat.add_argument("--verbose", action="store_true", help="show timings after each answer")
+
+    pull = _client(commands.add_parser("pull", help="fetch a model from the Hugging Face hub"), manage.pull)
+    pull.add_argument("model", metavar="MODEL")
+    create = _client(commands.add_parser("create", help="make a model from a Modelfile"), manage.create)
+    create.add_argument("model", metavar="MODEL")
+    create.add_argument("-f", "--file", type=Path, default=Path("Modelfile"), metavar="FILE",
+                        help="the Modelfile; - is standard input (default: Modelfile)")  # fmt: skip
+    create.add_argument("-q", "--quantize", metavar="KIND", help="pack the weights, e.g. q4_K_M, q8_0, mxfp4")
+    copy = _client(commands.add_parser("cp", help="give a model another name"), manage.copy)
+    copy.add_argument("source", metavar="SOURCE")
+    copy.add_argument("destination", metavar="DESTINATION")
+    remove = _table(_client(commands.add_parser("rm", help="remove models and what only they need"), manage.remove))
+    remove.add_argument("models", nargs="+", metavar="MODEL")
+    remove.add_argument("--force", action="store_true", help="also files that another program put into the cache")
 
     _add_config(commands.add_parser("config", help="what is in force, and whether a file is right"))
     _add_keys(commands.add_parser("keys", help="keys that clients have to show"))
 
+    _table(_common(commands.add_parser("doctor", help="look for what is wrong, and say how to mend it"))).set_defaults(
+        command=doctor.doctor
+    )
+    shells = commands.add_parser("completion", help="a script that completes commands, flags and models in a shell")
+    shells.add_argument("shell", choices=("bash", "zsh", "fish"))
+    shells.set_defaults(command=completion.completion, config=None)
     version = _table(_common(commands.add_parser("version", help="versions of this program and of the router")))
     version.set_defaults(command=models.version)
+    _complete_models(commands.choices)
     return parser
+
+
+def _complete_models(commands: dict[str, argparse.ArgumentParser]) -> None:
+    """Where a model is wanted, the shell can offer those that there are."""
+    for name, command in commands.items():
+        for action in command._actions:
+            if action.metavar in ("MODEL", "SOURCE") and name != "create":
+                action.completer = completion.models_completer  # type: ignore[attr-defined]  # argcomplete looks there
 
 
 def _common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from mlx_router_server.catalogue.aliases import SHIPPED
 from mlx_router_server.cli.client import ApiError, NoRouter, connect
 from mlx_router_server.cli.tables import ago, human_size, print_json, print_table, until
 from mlx_router_server.settings import Settings
@@ -24,9 +25,13 @@ _POLL_SECONDS = 0.02
 _BACK_SECONDS = 2.0
 _BACK_SHARE = 0.9
 _NOISE_BYTES = 64 * 2**20
+_PARTS = ("license", "modelfile", "parameters", "template", "system")
+_SHOWN_LINES = 4
 
 
 def list_models(options: argparse.Namespace, settings: Settings) -> int:
+    if options.aliases:
+        return _list_aliases(options, settings)
     models = connect(settings).get("/api/tags")["models"]
     models = [model for model in models if model["name"].lower().startswith(options.prefix.lower())]
     if options.json:
@@ -39,10 +44,24 @@ def list_models(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def _list_aliases(options: argparse.Namespace, settings: Settings) -> int:
+    """Needs no router: the table ships, and the configuration adds to it."""
+    table = {**SHIPPED, **settings.model_aliases}
+    found = {short: table[short] for short in sorted(table) if short.startswith(options.prefix.lower())}
+    if options.json:
+        return print_json(found)
+    print_table(["NAME", "REPOSITORY"], [[short, repository] for short, repository in found.items()])
+    return 0
+
+
 def ps(options: argparse.Namespace, settings: Settings) -> int:
-    models = [m for m in connect(settings).get("/admin/status")["models"] if m["state"] not in _NOT_RUNNING]
+    known = [m for m in connect(settings).get("/admin/status")["models"] if m["state"] not in _NOT_RUNNING]
+    models = [m for m in known if m["name"] == m["runs_as"]]
     if options.json:
         return print_json(models)
+    # Models that were made from another one without weights of their own share its process.
+    shared = {m["name"]: [o["name"] for o in known if o["runs_as"] == m["name"] and o is not m] for m in models}
+    serves = any(shared.values())
     rows = [
         [
             m["name"],
@@ -51,10 +70,12 @@ def ps(options: argparse.Namespace, settings: Settings) -> int:
             human_size(m["memory_bytes"]),
             f"{m['in_flight']} / {m['queued']}",
             until(m["expires_in_seconds"]) if not m["in_flight"] else "in use",
+            *([", ".join(shared[m["name"]])] if serves else []),
         ]
         for m in models
     ]
-    print_table(["NAME", "STATE", "PID", "MEMORY", "ACTIVE / WAITING", "UNTIL"], rows)
+    head = ["NAME", "STATE", "PID", "MEMORY", "ACTIVE / WAITING", "UNTIL"]
+    print_table([*head, "ALSO SERVES"] if serves else head, rows)
     return 0
 
 
@@ -102,25 +123,48 @@ def _pressure(memory: dict[str, Any] | None) -> str:
 
 
 def show(options: argparse.Namespace, settings: Settings) -> int:
+    parts = [part for part in _PARTS if getattr(options, part)]
+    if len(parts) > 1:
+        flags = ", ".join(f"--{part}" for part in _PARTS)
+        print(f"mlx-router: only one of {flags} can be said", file=sys.stderr)
+        return 2
     data = connect(settings).post("/api/show", {"model": options.model})
     if options.json:
         return print_json(data)
+    if parts:
+        print(data.get(parts[0], ""))
+        return 0
     info, details = data["model_info"], data["details"]
     architecture = info.get("general.architecture", details["family"])
-    print("  Model")
-    for label, value in (
+    rows = [
         ("architecture", architecture),
+        ("made from", details["parent_model"] or None),
         ("parameters", details["parameter_size"]),
         ("context length", info.get(f"{architecture}.context_length")),
         ("embedding length", info.get(f"{architecture}.embedding_length")),
         ("quantization", details["quantization_level"]),
-    ):
+    ]
+    print("  Model")
+    for label, value in rows:
         if value is not None:
             print(f"    {label:<20}{value}")
-    print("\n  Capabilities")
-    for capability in data["capabilities"]:
-        print(f"    {capability}")
+    sections = {
+        "Capabilities": data["capabilities"],
+        "Parameters": data.get("parameters", "").splitlines(),
+        "System": _first_lines(data.get("system", "")),
+        "License": _first_lines(data.get("license", "")),
+    }
+    for title, lines in sections.items():
+        if lines:
+            print(f"\n  {title}")
+            for line in lines:
+                print(f"    {line}")
     return 0
+
+
+def _first_lines(text: str) -> list[str]:
+    lines = text.strip().splitlines()
+    return lines[:_SHOWN_LINES] + (["..."] if len(lines) > _SHOWN_LINES else [])
 
 
 def load(options: argparse.Namespace, settings: Settings) -> int:
