@@ -11,6 +11,8 @@ from typing import Any, Final
 
 __all__ = ["CacheSize", "estimate_cache", "work_space"]
 
+_LARGEST: Final = 2**40
+_MOST_LAYERS: Final = 10_000
 _HALF: Final = 2  # bytes of a cache element: caches are kept in half precision
 _SINGLE: Final = 4
 _CHUNK_TOKENS: Final = 512  # of a prompt, computed at once; what the worker's engine uses
@@ -40,7 +42,7 @@ class CacheSize:
 
 def estimate_cache(config: dict[str, Any]) -> CacheSize:
     """``config`` is that of the text model."""
-    layers = _number(config, "num_hidden_layers", "n_layer", "n_layers")
+    layers = min(_number(config, "num_hidden_layers", "n_layer", "n_layers"), _MOST_LAYERS)
     if (latent := _number(config, "kv_lora_rank")) and "linear_attn_config" not in config:
         return CacheSize(per_token=layers * (latent + _number(config, "qk_rope_head_dim")) * _HALF)
     kinds = _layer_kinds(config, layers)
@@ -112,9 +114,9 @@ def _state_bytes(config: dict[str, Any]) -> int:
 
 
 def _number(config: dict[str, Any], *names: str) -> int:
-    """The first of these that is a positive whole number; 0 without one."""
+    """The first of these that is a positive whole number of a sane size; 0 without one."""
     for name in names:
         value = config.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST:
             return value
     return 0

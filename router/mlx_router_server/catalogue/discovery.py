@@ -17,6 +17,20 @@ class Found:
     name: str
     path: Path
     source: str
+    root: Path | None = None
+    """Whatever its files are links to has to lie below; None for a folder that the operator named."""
+
+    def strays(self) -> str:
+        """The first of its files that is a link to somewhere else; empty when there is none."""
+        if self.root is None:
+            return ""
+        for path in sorted(self.path.iterdir()):
+            try:
+                if not _inside(path, self.root):
+                    return path.name
+            except (OSError, RuntimeError):  # a link to itself
+                return path.name
+        return ""
 
 
 def hub_cache(environment: dict[str, str]) -> Path:
@@ -37,7 +51,7 @@ def discover_hub(cache: Path) -> Iterator[Found]:
             continue
         snapshot = _snapshot(repository)
         if snapshot is not None and _inside(snapshot, repository):
-            yield Found(rest.replace("--", "/", 1), snapshot, "hub")
+            yield Found(rest.replace("--", "/", 1), snapshot, "hub", cache)
 
 
 def _snapshot(repository: Path) -> Path | None:
@@ -57,11 +71,11 @@ def discover_folders(root: Path) -> Iterator[Found]:
         if not _inside(first, root):
             continue
         if (first / "config.json").is_file():
-            yield Found(first.name, first, "folder")
+            yield Found(first.name, first, "folder", root)
             continue
         for second in _folders(first):
             if (second / "config.json").is_file() and _inside(second, root):
-                yield Found(f"{first.name}/{second.name}", second, "folder")
+                yield Found(f"{first.name}/{second.name}", second, "folder", root)
 
 
 def _folders(root: Path) -> list[Path]:

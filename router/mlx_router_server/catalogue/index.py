@@ -229,6 +229,8 @@ class IndexBuilder:
         known = self._inspected.get((found.path, said, listing))
         if known is None:
             try:
+                if stray := found.strays():
+                    raise NotServable(f"its {stray} is a link that leads out of the folder")
                 known = inspect_folder(found.path, said)
                 if known.engine == "fake" and found.source != "config":
                     known = Unservable(

@@ -26,6 +26,8 @@ from mlx_router_shared.infill import infill_format
 
 __all__ = ["NotServable", "check_config", "inspect_folder", "read_json"]
 
+_MOST_LAYERS: Final = 10_000
+_LARGEST_NUMBER: Final = 2**40  # of anything that a configuration counts
 _LARGEST_JSON: Final = 32 * 2**20
 _LARGEST_TEXT: Final = 2 * 2**20
 _UNPACKED_BITS: Final = {"BF16": "BF16", "F16": "F16", "F32": "F32"}
@@ -73,6 +75,10 @@ def check_config(config: dict[str, Any]) -> tuple[str, bool]:
         raise NotServable(f"mlx-lm has no architecture {model_type!r}")
     if "model_file" in config:
         raise NotServable("it wants to run code of its own")
+    for part in (config, config.get("text_config")):
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise NotServable("config.json speaks of more layers than any model has")
     if reason := why_unreadable(config):
         raise NotServable(reason)
     return model_type, sees
@@ -160,7 +166,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _number(data: dict[str, Any], name: str) -> int | None:
     value = data.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST_NUMBER else None
 
 
 def _weight_files(folder: Path) -> list[Path]:

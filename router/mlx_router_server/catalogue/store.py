@@ -33,6 +33,7 @@ from mlx_router_shared.errors import InvalidRequest
 __all__ = ["BLOB", "Manifest", "Pulled", "Store"]
 
 BLOB: Final = re.compile(r"sha256[:-]([0-9a-f]{64})")
+_FILE_NAME: Final = re.compile(r"(?:1_Pooling/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}", re.ASCII)
 _STALE_SECONDS: Final = 3600.0
 _LARGEST: Final = 16 * 2**20
 
@@ -138,20 +139,21 @@ class Store:
         folder.rename(target)
         return name
 
+    def check_files(self, files: dict[str, str], param: str) -> None:
+        """Names and digests of uploaded files; raises ``InvalidRequest``."""
+        for name, digest in files.items():
+            if not _FILE_NAME.fullmatch(name) or ".." in name:
+                raise InvalidRequest(f"{name[:80]!r} cannot be the name of a file here", param=param)
+            if not self.blob_path(digest).is_file():
+                raise InvalidRequest(f"the file {name!r} was not uploaded: POST /api/blobs/{digest}", param=param)
+
     def assemble(self, files: dict[str, str]) -> Path:
-        """A folder of uploaded files: names in it, and the digests of what they hold. Nothing is copied. Raises
-        ``InvalidRequest``."""
-        for name in files:
-            if not re.fullmatch(r"(?:1_Pooling/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}", name, re.ASCII) or ".." in name:
-                raise InvalidRequest(f"{name!r} cannot be the name of a file here", param="files")
+        """A folder of uploaded files, which were checked. Nothing is copied."""
         folder = self.begin_weights()
         try:
             for name, digest in files.items():
-                blob = self.blob_path(digest)
-                if not blob.is_file():
-                    raise InvalidRequest(f"the file {name!r} was not uploaded: POST /api/blobs/{digest}", param="files")
                 (folder / name).parent.mkdir(exist_ok=True)
-                os.link(blob, folder / name)
+                os.link(self.blob_path(digest), folder / name)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -32,6 +32,7 @@ __all__ = ["Creation", "Models", "Quantization"]
 
 log = logging.getLogger(__name__)
 
+_ADAPTER: Final = frozenset({"adapter_config.json", "adapters.safetensors"})
 _UNPACKED: Final = frozenset({"BF16", "F16", "F32"})
 
 
@@ -146,6 +147,10 @@ class Models:
     async def create(self, creation: Creation) -> AsyncGenerator[JobEvent, None]:
         """Ends with ``JobDone``; raises what went wrong, and then nothing is there that was not before."""
         self._check_free(creation.name)
+        for files, param in ((creation.files, "files"), (creation.adapter, "adapters")):
+            await asyncio.to_thread(self._store.check_files, files, param)
+        if creation.adapter and not creation.adapter.keys() >= _ADAPTER:
+            raise InvalidRequest("an adapter is adapter_config.json and adapters.safetensors", param="adapters")
         made: list[Path] = []
         try:
             if creation.files:
@@ -233,8 +238,6 @@ class Models:
         )
 
     async def _with_adapter(self, manifest: Manifest, creation: Creation, made: list[Path]) -> Manifest:
-        if not {"adapter_config.json", "adapters.safetensors"} <= set(creation.adapter):
-            raise InvalidRequest("an adapter is adapter_config.json and adapters.safetensors", param="adapters")
         entry = self._catalogue.find(parse_name(creation.base)) if creation.base else None
         if entry is not None and entry.files.engine != "mlx":
             raise InvalidRequest("only models that generate text can have an adapter", param="adapters")
