@@ -1,5 +1,7 @@
 # Short names for single commands. `make` alone lists them.
 PYTHON ?= python3
+# The versions that the project file declares.
+PYTHONS ?= 3.11 3.12 3.13
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -10,7 +12,7 @@ AGENTS := .venv-agents
 LOOPBACK_ONLY := unshare --user --map-root-user --net sh -c 'ip link set lo up && exec sh -c "$$0"'
 # Installed once with everything that development needs; repeated when the project file changes.
 
-.PHONY: docs screens help setup run test test-agents test-clients test-extras test-open-webui test-slow soak fuzz check lint types imports format bench bench-swaps demo-model clean
+.PHONY: coverage count sbom test-versions record-open-webui docs screens help setup run test test-agents test-clients test-extras test-open-webui test-slow soak fuzz check lint types imports format bench bench-swaps demo-model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,17 +66,46 @@ test-agents: $(INSTALLED) $(AGENTS)/.installed ## coding agents, installed apart
 test-open-webui: $(INSTALLED) $(AGENTS)/.webui-installed ## Open WebUI, several gigabytes, with no network but loopback (Linux)
 	$(LOOPBACK_ONLY) '$(BIN)/python -m pytest --timeout 300 tests/agents/test_open_webui.py'
 
+record-open-webui: $(INSTALLED) $(AGENTS)/.webui-installed ## write down anew what Open WebUI asks
+	$(BIN)/python -m tests.recorded
+
 soak: $(INSTALLED) ## ten minutes of chaos with real processes; MINUTES=10
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)
 
 fuzz: $(INSTALLED) ## random and nearly right requests on every route; MINUTES=5
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),5)
 
-check: lint types imports test ## what the continuous integration runs
+check: lint types imports count test ## what the continuous integration runs
 
 lint: $(INSTALLED) ## style and likely mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+count: $(INSTALLED) ## how many tests there are; never fewer than before
+	$(BIN)/python -m tests.meta.count
+
+coverage: $(INSTALLED) ## branches of the lifecycle that its own tests reach: 95 % at least
+	$(BIN)/python -m coverage run --branch --source router/mlx_router_server/lifecycle -m pytest -q -n 0 tests/unit -k lifecycle
+	$(BIN)/python -m coverage report --fail-under 95 --skip-covered
+
+test-versions: ## unit and meta tests on each Python that is declared; PYTHONS="3.12"
+	for version in $(PYTHONS); do \
+	  python=$$(command -v python$$version || ls -d $$HOME/.pyenv/versions/$$version.*/bin/python 2>/dev/null | tail -1); \
+	  test -n "$$python" || { echo "there is no Python $$version on this machine"; exit 1; }; \
+	  $(MAKE) --no-print-directory setup PYTHON=$$python VENV=.venv-$$version || exit 1; \
+	  .venv-$$version/bin/python -m pytest -q -n 2 tests/unit tests/meta tests/acceptance/test_demo_script.py || exit 1; \
+	done
+
+.venv-sbom/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-sbom
+	.venv-sbom/bin/python -m pip install --quiet --disable-pip-version-check .
+	$(PYTHON) -m venv .venv-sbom/tool
+	.venv-sbom/tool/bin/python -m pip install --quiet --disable-pip-version-check 'cyclonedx-bom>=7,<8'
+	touch $@
+
+sbom: .venv-sbom/.installed ## what an installation consists of, as CycloneDX, in dist/
+	mkdir -p dist
+	.venv-sbom/tool/bin/cyclonedx-py environment --output-reproducible --of JSON -o dist/sbom.cdx.json .venv-sbom/bin/python
 
 types: $(INSTALLED) ## strict type checks
 	$(BIN)/mypy

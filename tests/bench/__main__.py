@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from tests.bench.loads import cold_loads, readiness, resident_latency
 from tests.bench.report import write_report
-from tests.bench.router_figures import crash, first_token, footprint
+from tests.bench.router_figures import crash, first_token, footprint, listing
 from tests.bench.structured import structured
 from tests.bench.swaps import alternate, alternating_calls
 from tests.bench.throughput import throughput
@@ -31,6 +31,7 @@ def main() -> None:
         parts: dict[str, Callable[[Path], Any]] = {
             "footprint": footprint,
             "crash": crash,
+            "listing": listing,
             "first_token": first_token,
             "readiness": lambda home: readiness(folder, home, small, 100),
             "cold_loads": lambda home: cold_loads(folder, home, {"random-64mb": 9, "random-1gb": 9}),

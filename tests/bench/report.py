@@ -32,7 +32,7 @@ def machine_lines() -> list[str]:
 
 def write_report(found: dict[str, Any]) -> None:
     """All figures of one run; see ``tests.bench.__main__`` for what they are."""
-    first, died, idle = found["first_token"], found["crash"], found["footprint"]
+    first, died, idle, lists = found["first_token"], found["crash"], found["footprint"], found["listing"]
     ready, resident = found["readiness"], found["resident"]
     made = found["structured"]
     swap, calls = found["alternate"], found["calls"]
@@ -131,6 +131,8 @@ def write_report(found: dict[str, Any]) -> None:
         f"{calls['longest']:.1f} s | 6 |",
         f"| kill -9 of a worker to the client's error, median of 20 | {died['p50']:.1f} ms | 100 ms |",
         f"| the same, worst of 20 | {died['max']:.1f} ms | 100 ms |",
+        f"| `/api/tags` with 500 models, p50 and p99 of 1,000 | {lists['tags_p50']:.2f} ms, {lists['tags_p99']:.2f} ms | p99 5 ms |",
+        f"| `/v1/models` with 500 models | {lists['models_p50']:.2f} ms, {lists['models_p99']:.2f} ms | p99 5 ms |",
         f"| start of the command to the first answer, median of 5 | {idle['start_s']:.2f} s | 0.8 s |",
         f"| resident memory of the router | {idle['rss_mb']:.0f} MB | 80 MB |",
         f"| CPU of the idle router over 20 s | {idle['cpu_percent']:.2f} % | about 0 % |",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import statistics
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
 from tests.support.fakes import fake_config
 from tests.support.router import running_router
+from tests.unit.test_catalogue import write_model
 
-__all__ = ["crash", "first_token", "footprint"]
+__all__ = ["crash", "first_token", "footprint", "listing"]
 
 
 def first_token(home: Path) -> dict[str, float]:
@@ -73,3 +76,23 @@ def footprint(home: Path) -> dict[str, float]:
             "rss_mb": process.memory_info().rss / 1e6,
             "cpu_percent": cpu * 100,
         }
+
+
+def listing(home: Path) -> dict[str, float]:
+    """Lists of 500 models, each asked for a thousand times on one connection."""
+    for number in range(500):
+        write_model(home / "models" / f"org{number % 20}" / f"model{number}")
+    found: dict[str, float] = {}
+    with running_router(home, "--models-dir", str(home / "models")) as router:
+        for name, path in (("tags", "/api/tags"), ("models", "/v1/models")):
+            connection = http.client.HTTPConnection(urlsplit(router.url).netloc)
+            took = []
+            for _ in range(1000):
+                started = time.perf_counter()
+                connection.request("GET", path)
+                assert len(connection.getresponse().read()) > 50_000
+                took.append((time.perf_counter() - started) * 1000)
+            connection.close()
+            took.sort()
+            found |= {f"{name}_p50": took[500], f"{name}_p99": took[989]}
+    return found

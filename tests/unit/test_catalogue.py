@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
+from mlx_router_server.catalogue.aliases import SHIPPED
 from mlx_router_server.catalogue.architectures import has_vlm, servable_architectures
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER, Catalogue, Registered, Sources
 from mlx_router_server.catalogue.discovery import discover_hub, hub_cache
 from mlx_router_server.catalogue.entry import Capability
 from mlx_router_server.catalogue.index import IndexBuilder
 from mlx_router_server.catalogue.inspect import NotServable, inspect_folder
+from mlx_router_server.catalogue.kinds import Kind
+from mlx_router_server.catalogue.names import DEFAULT_HOST, parse_name
+from mlx_router_server.catalogue.quantization import why_unreadable
 from mlx_router_shared.errors import ModelNotFound
 
 
@@ -196,3 +200,128 @@ def test_encoders_are_listed_and_say_which_extra_they_need(tmp_path: Path) -> No
         assert has_vlm() or "pip install 'mlx-router-server[encoders]'" in files.unusable
     with pytest.raises(NotServable, match="only those with one label"):
         inspect_folder(make_reranker(tmp_path / "classifier", labels=3))
+
+
+_CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
+_WHISPER = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], "num_mel_bins": 80}
+_TTS = {"model_type": "kokoro", "architectures": ["KokoroForTextToSpeech"]}
+_ASR_LLM = {"model_type": "qwen2_audio", "audio_config": {"model_type": "qwen2_audio_encoder"}}
+_EAGLE = {"model_type": "llama_eagle", "architectures": ["LlamaForCausalLMEagle3"]}
+
+
+@pytest.mark.req("R27", "R28")
+@pytest.mark.parametrize(
+    ("name", "config", "files", "kind"),
+    [
+        ("qwen3-embed-tuned", None, {"chat_template.jinja": _CHAT}, Kind.CHAT),
+        ("whisper-of-the-woods", None, {"chat_template.jinja": _CHAT}, Kind.CHAT),
+        ("tts-asr-adapter", None, {}, Kind.COMPLETION),
+        ("plain", None, {"1_Pooling__config_json": "{}"}, Kind.EMBEDDING),
+        ("chat", _WHISPER, {}, Kind.AUDIO_IN),
+        ("chat", _TTS, {}, Kind.AUDIO_OUT),
+        ("chat", _ASR_LLM, {}, Kind.AUDIO_IN),
+        ("chat", {"model_type": "unheard_of"}, {"preprocessor_config_json":
+            '{"feature_extractor_type": "X", "sampling_rate": 16000}'}, Kind.AUDIO_IN),
+        ("chat", _EAGLE, {}, Kind.DRAFT),
+        ("chat", {"model_type": "unheard_of"}, {}, Kind.UNKNOWN),
+        ("chat", {"model_type": "flux"}, {}, Kind.IMAGE),
+    ],
+)  # fmt: skip
+def test_kinds_come_from_content(
+    tmp_path: Path, name: str, config: dict[str, Any] | None, files: dict[str, str], kind: Kind
+) -> None:
+    """Both ways: what sounds like something else is what it is, and what it is not is not offered."""
+    folder = write_model(tmp_path / name, config, **files)
+    served = {Kind.CHAT, Kind.COMPLETION, Kind.EMBEDDING}
+    if kind in served:
+        assert inspect_folder(folder).kind == kind
+    else:
+        with pytest.raises(NotServable) as caught:
+            inspect_folder(folder)
+        assert caught.value.kind == kind
+
+
+@pytest.mark.req("R27")
+def test_an_adapter_and_a_pipeline_of_images_are_told_apart(tmp_path: Path) -> None:
+    for name, file, kind in (("a", "adapter_config.json", Kind.ADAPTER), ("b", "model_index.json", Kind.IMAGE)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+        with pytest.raises(NotServable) as caught:
+            inspect_folder(tmp_path / name)
+        assert caught.value.kind == kind
+
+
+@pytest.mark.req("R27")
+def test_the_operator_has_the_last_word(tmp_path: Path) -> None:
+    plain = write_model(tmp_path / "a")
+    assert inspect_folder(plain, "embedding").kind == Kind.EMBEDDING
+    pooled = write_model(tmp_path / "b", None, **{"1_Pooling__config_json": "{}"})
+    assert inspect_folder(pooled, "chat").capabilities == {Capability.COMPLETION}
+
+
+@pytest.mark.req("R28")
+@pytest.mark.parametrize(
+    ("block", "readable"),
+    [
+        ({}, True),
+        ({"quantization": {"group_size": 64, "bits": 4}}, True),
+        ({"quantization": {"group_size": 64, "bits": 4, "layers.0": {"group_size": 32, "bits": 8}}}, True),
+        ({"quantization": {"bits": 4}}, False),
+        ({"quantization": 5}, False),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, True),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 8}}, False),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4, "desc_act": True}}, False),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, True),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, False),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"}}, False),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, True),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, False),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, True),
+        ({"quantization_config": {"quant_method": "of-the-future"}}, False),
+        ({"quantization_config": {"bits": 4}}, False),
+        ({"text_config": {"quantization_config": {"quant_method": "bitsandbytes"}}}, False),
+    ],
+)
+def test_packed_weights_are_offered_only_when_mlx_lm_reads_them(block: dict[str, Any], readable: bool) -> None:
+    assert (why_unreadable(block) == "") == readable
+
+
+def test_the_forms_are_those_that_mlx_lm_knows() -> None:
+    """A contract with mlx-lm: its loader names each method that is let through here."""
+    import mlx_lm
+
+    source = (Path(mlx_lm.__file__).parent / "utils.py").read_text()
+    for method in ("bitnet", "mxfp4", "mxfp8", "fp8", "compressed-tensors", "modelopt", "awq", "gptq"):
+        assert f'"{method}"' in source, method
+
+
+@pytest.mark.req("R4", "R25")
+def test_short_names_and_names_of_the_hub_lead_to_what_is_here(tmp_path: Path) -> None:
+    _put_in_hub(tmp_path, "mlx-community/Qwen3-4B-4bit", "aaa", tmp_path)
+    _put_in_hub(tmp_path, "org/other", "aaa", tmp_path)
+    sources = Sources(demo=False, hub=tmp_path, model_aliases=(("house", "org/other"), ("qwen3:4b", "org/other")))
+
+    async def look() -> None:
+        catalogue = Catalogue(sources)
+        await catalogue.refresh()
+        assert catalogue.resolve("house").name.display == "org/other:latest"
+        assert catalogue.resolve("QWEN3:4B").name.display == "org/other:latest", "the operator's word counts"
+        assert catalogue.resolve("hf.co/org/other").name.display == "org/other:latest"
+        assert catalogue.resolve("org/other").aliases == ("house", "qwen3:4b")
+        for absent in ("qwen3:8b", "qwen3", "hf.co/org/absent"):
+            with pytest.raises(ModelNotFound):
+                catalogue.resolve(absent)
+        assert catalogue.repository(parse_name("qwen3:8b")) == "mlx-community/Qwen3-8B-4bit"
+        assert catalogue.repository(parse_name("hf.co/a/b")) == "a/b"
+        assert catalogue.repository(parse_name("nosuch")) is None
+        assert catalogue.repository(parse_name("evil.example/a/b")) is None
+        assert catalogue.repository(parse_name("a/b:4bit")) is None
+
+    asyncio.run(look())
+
+
+def test_every_shipped_short_name_is_a_name_and_stands_for_a_repository() -> None:
+    for short, repository in SHIPPED.items():
+        assert parse_name(short).host == DEFAULT_HOST
+        assert repository.startswith("mlx-community/")
+        assert parse_name(repository).namespace == "mlx-community"

@@ -195,6 +195,8 @@ class Pull:
             self._tell(JobProgress(digest=digest, total=file.size, completed=min(completed, file.size)))
 
         blob = self._blob(file)
+        if file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
+            self._link(file, commit)  # the hub serves it by a protocol of its own only, which begins anew each time
         if blob.exists():
             told(file.size)
             return
