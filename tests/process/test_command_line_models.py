@@ -39,7 +39,7 @@ def router(home_of_router: Path) -> Iterator[RouterProcess]:
     (home_of_router / "config.toml").write_text(f'[model_aliases]\n"house:0.4m" = "{_REPO}"\n')
     with running_hub() as hub:
         hub.add_folder(_REPO, DEMO_FOLDER)
-        with running_router(home_of_router, variables={"HF_ENDPOINT": hub.url}) as found:
+        with running_router(home_of_router, "--standby-workers", "0", variables={"HF_ENDPOINT": hub.url}) as found:
             yield found
 
 
@@ -86,7 +86,14 @@ def test_create_from_folders_and_from_standard_input(router: RouterProcess, tmp_
     from tests.tiny_models.adapter import make_random_adapter
 
     make_random_adapter(DEMO_FOLDER, tmp_path / "lora")
-    made = command_on(router, "create", "own", "-f", "-", text=f"FROM {DEMO_FOLDER}\nADAPTER {tmp_path / 'lora'}\n")
+    made = command_on(
+        router,
+        "create",
+        "own",
+        "-f",
+        "-",
+        text=f"FROM {DEMO_FOLDER}\nADAPTER {tmp_path / 'lora'}\nPARAMETER num_predict 3\n",
+    )
     assert made.returncode == 0, made.stderr
     assert "uploading model.safetensors" in made.stderr
     assert command_on(router, "run", "own", "Hello!").returncode == 0
@@ -314,7 +321,7 @@ def test_run_makes_vectors_with_a_model_of_vectors_and_keeps_to_formats(home: Pa
     (home / "config.toml").write_text(
         f'[models."vectors"]\npath = {json.dumps(str(models_dir / "small"))}\nkind = "embedding"\n'
     )
-    with running_router(home) as router:
+    with running_router(home, "--standby-workers", "0") as router:
         ran = command_on(router, "run", "vectors", "hello")
         assert ran.returncode == 0, ran.stderr
         assert len(json.loads(ran.stdout)) > 8

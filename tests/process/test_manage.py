@@ -22,7 +22,7 @@ _PIRATE = "You are a pirate."
 @pytest.fixture(scope="module")
 def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
     home = tmp_path_factory.mktemp("managed")
-    with running_router(home) as router:
+    with running_router(home, "--standby-workers", "0") as router:
         yield router
 
 
@@ -231,7 +231,7 @@ def test_adapters_system_and_options_of_the_configuration(home: Path, tmp_path: 
         f'[models."tuned"]\npath = {json.dumps(str(DEMO_FOLDER))}\nadapter = {json.dumps(str(tmp_path / "lora"))}\n'
         f'[models."demo"]\nsystem = "{_PIRATE}"\noptions = {{ num_predict = 3 }}\n'
     )
-    with running_router(home) as router:
+    with running_router(home, "--standby-workers", "0") as router:
         assert _PIRATE in _prompt(router, "demo")
         assert router.generate("demo", prompt="Tell me a long story.")["eval_count"] == 3
         greedy = {"temperature": 0, "num_predict": 8}
@@ -242,7 +242,7 @@ def test_adapters_system_and_options_of_the_configuration(home: Path, tmp_path: 
 
 
 def test_quantising_is_a_job_with_progress(home: Path, models_dir: Path) -> None:
-    with running_router(home, "--models-dir", str(models_dir)) as router:
+    with running_router(home, "--standby-workers", "0", "--models-dir", str(models_dir)) as router:
         lines = _create(router, model="small-4bit", quantize="q4_K_M", **{"from": "small"})
         assert lines[-1] == {"status": "success"}
         assert any(line["status"].startswith("quantizing") for line in lines)
@@ -270,7 +270,7 @@ def _check_repository(home: Path, hub: Hub, repo: str) -> None:
     (other / "refs").mkdir()
     (other / "refs" / "main").write_text("abc")
     (home / "config.toml").write_text(f'[model_aliases]\n"tiny:1b" = "{repo}"\n')
-    with running_router(home, variables={"HF_ENDPOINT": hub.url}) as router:
+    with running_router(home, "--standby-workers", "0", variables={"HF_ENDPOINT": hub.url}) as router:
         assert _post(router, "/api/pull", model="tiny:1b", stream=False).status == 200
         _create(router, model="mine", **{"from": repo}, system="x")
         refused = call(router, "DELETE", "/api/delete", {"model": repo})
@@ -298,9 +298,9 @@ def test_a_pulled_or_created_model_outlives_the_router_and_a_lost_base_is_told(h
     folder = tmp_path / "models"
     shutil.copytree(DEMO_FOLDER, folder / "base")
     arguments = ["--models-dir", str(folder), "--demo-model", "false"]
-    with running_router(home, *arguments) as router:
+    with running_router(home, "--standby-workers", "0", *arguments) as router:
         _create(router, model="mine", **{"from": "base"}, system="x")
-    with running_router(home, *arguments) as router:
+    with running_router(home, "--standby-workers", "0", *arguments) as router:
         assert set(_names(router)) == {"base:latest", "mine:latest"}
         (folder / "base").rename(tmp_path / "elsewhere")
         wait_until(lambda: not _names(router), "both are gone")

@@ -42,7 +42,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
         _KEYS[name], key = make_key(name, scopes, models)
         stored.append(key)
     write_keys(keys_file(home), stored)
-    with running_router(home) as router:
+    with running_router(home, "--standby-workers", "0") as router:
         yield router
 
 
@@ -121,7 +121,7 @@ def test_a_key_for_some_models_neither_lists_nor_uses_others(locked: RouterProce
 
 @pytest.mark.req("R31")
 def test_keys_come_and_go_while_the_router_runs(home: Path) -> None:
-    with running_router(home) as router:
+    with running_router(home, "--standby-workers", "0") as router:
         assert call(router, "GET", "/api/tags").status == 200
         text, key = make_key("new", [Scope.INFERENCE])
         write_keys(keys_file(home), [key])
@@ -137,7 +137,7 @@ def test_keys_come_and_go_while_the_router_runs(home: Path) -> None:
 
 @pytest.mark.req("R31")
 def test_commands_of_the_same_user_come_in_by_themselves(home: Path) -> None:
-    with running_router(home, "--api-keys", "secret-of-somebody") as router:
+    with running_router(home, "--standby-workers", "0", "--api-keys", "secret-of-somebody") as router:
         assert command_on(router, "list").returncode == 1
         listed = command_on(router, "list", home=home)
         assert listed.returncode == 0, listed.stderr
@@ -148,13 +148,14 @@ def test_commands_of_the_same_user_come_in_by_themselves(home: Path) -> None:
 
 @pytest.mark.req("R31")
 def test_the_command_makes_lists_and_takes_back_keys(home: Path) -> None:
-    with running_router(home) as router:
+    with running_router(home, "--standby-workers", "0") as router:
         made = command_on(router, "keys", "add", "laptop", "--scope", "inference", "--model", "demo", home=home)
         text = made.stdout.strip()
         assert text.startswith("mlxr-")
         assert "laptop" in command_on(router, "keys", "list", home=home).stdout
         assert command_on(router, "keys", "add", "laptop", home=home).returncode == 1
-        wait_until(lambda: call(router, "GET", "/api/tags", x_api_key=text).status == 200, "the key is valid")
+        wait_until(lambda: call(router, "GET", "/api/tags").status == 401, "the key is asked for")
+        assert call(router, "GET", "/api/tags", x_api_key=text).status == 200
         assert call(router, "GET", "/admin/status", x_api_key=text).status == 403
         assert text not in (home / "keys.json").read_text()
         assert command_on(router, "keys", "remove", "laptop", home=home).returncode == 0

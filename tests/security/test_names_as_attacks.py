@@ -136,7 +136,7 @@ def test_a_name_is_only_ever_a_key(audited: tuple[RouterProcess, Audit], number:
 def test_the_same_from_the_command_line(audited: tuple[RouterProcess, Audit]) -> None:
     router, audit = audited
     audit.begin()
-    names = [name for name in _NAMES if "\x00" not in name and len(name) < 100_000]
+    names = [name for name in _NAMES if "\x00" not in name and len(name) < 100_000][::2]
 
     def run(number: int) -> None:
         verb = ("show", "pull", "rm", "load", "run")[number % 5]
