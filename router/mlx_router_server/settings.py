@@ -67,6 +67,9 @@ class ModelSettings:
         None, kinds.size, "What it needs at most, instead of an estimate and what was measured.", unit="bytes"
     )
     adapter: Path | None = _setting(None, kinds.path, "A folder with a LoRA adapter that is put on its weights.")
+    draft_model: str = _setting(
+        "", kinds.not_yet, "Reserved for a smaller model that guesses ahead; not used by this release, and refused."
+    )
     system: str = _setting("", kinds.text, "System prompt of conversations that bring none.")
     options: dict[str, Any] | None = _setting(
         None, kinds.options, "Sampling options, by Ollama's names, where a request says nothing."

@@ -88,6 +88,8 @@ class Hub:
         """For each file: after how many bytes a connection breaks off; one number for each connection."""
         self.busy: int = 0
         """So many requests are answered with 429."""
+        self.busy_files: dict[str, int] = {}
+        """So many requests for a file's content are."""
         self.down = False
         self.ignores_ranges = False
         self.bytes_per_second: float = 0.0
@@ -180,6 +182,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return
             if repository.gated and token != "right":
                 self._json({"error": "gated"}, 403, {"X-Error-Code": "GatedRepo"})
+                return
+            if self.command == "GET" and hub.busy_files.get(path, 0):
+                hub.busy_files[path] -= 1
+                self._json({"error": "too many requests"}, 429, {"Retry-After": "1"})
                 return
             if path not in repository.files:
                 self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})

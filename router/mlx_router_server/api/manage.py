@@ -32,7 +32,9 @@ from mlx_router_server.dialects.ollama_management import (
     status_line,
 )
 from mlx_router_server.dialects.statuses import for_the_public
-from mlx_router_server.management.models import Creation, Models, Quantization
+from mlx_router_server.management.creating import Creation, Creator, Quantization
+from mlx_router_server.management.models import Models
+from mlx_router_server.management.removing import Remover
 from mlx_router_shared.errors import (
     InsufficientStorage,
     InvalidRequest,
@@ -146,7 +148,7 @@ async def create(request: Request) -> Progress:
         quantization=Quantization(bits=asked.quantization[0], group_size=asked.quantization[1],
                                   mode=asked.quantization[2]) if asked.quantization else None,
     )  # fmt: skip
-    work = _models(request).create(creation)
+    work = Creator(_models(request)).create(creation)
     try:
         first = await anext(work)  # what is wrong from the start is told by the status
     except StopAsyncIteration:
@@ -182,7 +184,7 @@ async def delete(request: Request) -> Response:
     entry = server.catalogue.find_exactly(name)
     if entry is None or not caller_of(request).may_use(entry.names):
         raise ModelNotFound(f"model '{asked}' not found", param="model")
-    freed = await models.delete(entry, force=force)
+    freed = await Remover(models).remove(entry, force=force)
     if all(other.runner != entry.runner for other in server.catalogue.entries()):
         server.supervisor.unload(entry.runner, "deleted")
     return Response(status_code=200, headers={"x-freed-bytes": str(freed)})

@@ -23,21 +23,15 @@ from typing import Any, Final
 
 import huggingface_hub
 from huggingface_hub import HfApi, RepoFile, constants, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import get_hf_file_metadata, http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from mlx_router_server.catalogue.inspect import NotServable, check_config, read_json
+from mlx_router_server.jobs.hub_errors import Refused, explain
 from mlx_router_shared.codec import decode_job, encode_job_event
 from mlx_router_shared.errors import ErrorCode
-from mlx_router_shared.jobs import JobDone, JobEvent, JobFailed, JobProgress, JobStatus, PullJob
+from mlx_router_shared.jobs import JobDone, JobEvent, JobProgress, JobStatus, PullJob
 
 __all__ = ["main", "needed_files"]
 
@@ -54,15 +48,6 @@ _TELL_SECONDS: Final = 0.1
 _TRIES: Final = 4
 _PAUSE_SECONDS: Final = 1.0
 _CHUNK: Final = 2**20
-
-
-class _Refused(Exception):
-    """Why it cannot be done, for the person who asked."""
-
-    def __init__(self, code: ErrorCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
 
 
 def needed_files(files: Iterable[RepoFile]) -> list[RepoFile]:
@@ -123,7 +108,7 @@ class Pull:
         others = [file for file in files if not _WEIGHTS.fullmatch(file.path)]
         if not any(file.path == "config.json" for file in files) or not weights:
             kinds = "GGUF files" if any(path.endswith(".gguf") for path in self._all) else "no MLX weights"
-            raise _Refused(
+            raise Refused(
                 ErrorCode.INVALID_REQUEST, f"{self._job.repository} has {kinds}: this server runs models in MLX layout"
             )
         self._check_room(files)
@@ -153,7 +138,7 @@ class Pull:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if missing and missing + _RESERVE_BYTES > free:
-            raise _Refused(
+            raise Refused(
                 ErrorCode.INSUFFICIENT_STORAGE,
                 f"not enough disk space: {missing} bytes are to be fetched, and {free} are free where the cache is",
             )
@@ -176,9 +161,7 @@ class Pull:
         try:
             check_config(read_json(self._folder / "snapshots" / commit / "config.json"))
         except NotServable as error:
-            raise _Refused(
-                ErrorCode.INVALID_REQUEST, f"{self._job.repository} cannot be served here: {error}"
-            ) from None
+            raise Refused(ErrorCode.INVALID_REQUEST, f"{self._job.repository} cannot be served here: {error}") from None
 
     def _link(self, file: RepoFile, commit: str) -> None:
         """Have huggingface_hub put the file where it belongs; what lies in the cache already is not fetched."""
@@ -223,12 +206,13 @@ class Pull:
             part.unlink()
             if last or not began:
                 break
-        raise _Refused(ErrorCode.INTERNAL, f"digest mismatch: what came as {file.path} is not what the hub announced")
+        raise Refused(ErrorCode.INTERNAL, f"digest mismatch: what came as {file.path} is not what the hub announced")
 
     def _fetch_part(self, file: RepoFile, commit: str, part: Path, told: Callable[[int], None]) -> None:
         """Until it is whole. A connection that breaks off is tried again as long as something comes."""
         tries = 0
         while (have := part.stat().st_size if part.exists() else 0) < file.size:
+            told(have)
             address, headers = self._address(file, commit)
             progress = _progress(have, told, self._note_fetched)
             try:
@@ -248,7 +232,7 @@ class Pull:
                 time.sleep(_PAUSE_SECONDS * 2**tries)
         if part.stat().st_size > file.size:
             part.unlink()
-            raise _Refused(ErrorCode.INTERNAL, f"more came of {file.path} than the hub announced")
+            raise Refused(ErrorCode.INTERNAL, f"more came of {file.path} than the hub announced")
 
     def _address(self, file: RepoFile, commit: str) -> tuple[str, dict[str, str]]:
         """Where the bytes are now: often an address that is signed for an hour, which gets no token."""
@@ -325,41 +309,6 @@ def _progress(begin: int, told: Callable[[int], None], fetched: Callable[[int], 
 # ------------------------------------------------------------------------------------------------ the process
 
 
-def _explain(error: Exception, job: PullJob) -> JobFailed:
-    """In words for the person who asked, and the code that says whose turn it is."""
-    token = "" if os.environ.get("HF_TOKEN") else "; if it is private, set HF_TOKEN or run `hf auth login`"
-    match error:
-        case _Refused():
-            return JobFailed(code=error.code, message=error.message)
-        case GatedRepoError():
-            text = f"{job.repository} is gated: accept its conditions at {constants.ENDPOINT}/{job.repository}{token}"
-            return JobFailed(code=ErrorCode.FORBIDDEN, message=text)
-        case RepositoryNotFoundError():
-            text = f"pull model manifest: file does not exist: the hub has no repository {job.repository}{token}"
-            return JobFailed(code=ErrorCode.MODEL_NOT_FOUND, message=text)
-        case RevisionNotFoundError():
-            text = f"pull model manifest: file does not exist: {job.repository} has no revision {job.revision}"
-            return JobFailed(code=ErrorCode.MODEL_NOT_FOUND, message=text)
-        case HFValidationError():
-            return JobFailed(code=ErrorCode.INVALID_REQUEST, message=f"{job.repository} is no name of a repository")
-        case OfflineModeIsEnabled():
-            return JobFailed(code=ErrorCode.UNAVAILABLE, message="HF_HUB_OFFLINE is set: nothing can be downloaded")
-        case HfHubHTTPError() if error.response.status_code == 429:
-            return JobFailed(code=ErrorCode.UNAVAILABLE, message="the hub asks to come back later (429)")
-        case HfHubHTTPError() if error.response.status_code in (401, 403):
-            text = f"the hub does not let {job.repository} be read ({error.response.status_code}){token}"
-            return JobFailed(code=ErrorCode.FORBIDDEN, message=text)
-        case HfHubHTTPError():
-            text = f"the hub answered with status {error.response.status_code}"
-            return JobFailed(code=ErrorCode.UNAVAILABLE, message=text)
-    kind = type(error).__name__
-    unreachable = any(word in kind for word in ("Connect", "Timeout", "Network", "Protocol", "Proxy", "Read"))
-    if unreachable:
-        text = f"the hub cannot be reached at {constants.ENDPOINT}: {error or kind}"
-        return JobFailed(code=ErrorCode.UNAVAILABLE, message=text)
-    return JobFailed(code=ErrorCode.INTERNAL, message=f"{kind}: {error}")
-
-
 def main() -> None:
     """Read the job, do it, tell; the process is over when its standard input is."""
     job = decode_job(sys.stdin.buffer.readline())
@@ -381,7 +330,7 @@ def main() -> None:
     try:
         last: JobEvent = Pull(job, tell).run()
     except Exception as error:
-        last = _explain(error, job)
+        last = explain(error, job)
     tell(last)
     sys.stdout.flush()
     os._exit(0)

@@ -53,12 +53,17 @@ class Pulls:
         finally:
             download.followers -= 1
             if not download.followers and not download.task.done():
+                self._forget(key, download)  # who comes from now on begins anew, and does not join what is ending
                 await self._end(download)
 
     async def stop(self) -> None:
         """End them all; what has come stays."""
         for download in list(self._running.values()):
             await self._end(download)
+
+    def _forget(self, key: str, download: _Download) -> None:
+        if self._running.get(key) is download:
+            del self._running[key]
 
     async def _end(self, download: _Download) -> None:
         download.task.cancel()
@@ -87,7 +92,7 @@ class Pulls:
             log.exception("event=pull_broke_off repository=%r", repository)
             last = JobFailed(code=ErrorCode.INTERNAL, message=f"the download broke off: {type(error).__name__}")
         finally:
-            self._running.pop(key, None)
+            self._forget(key, download)
             download.note(last)
             outcome = "done" if isinstance(last, JobDone) else last.code
             log.info("event=pull_ended repository=%r outcome=%s", repository, outcome)
