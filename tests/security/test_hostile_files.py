@@ -39,6 +39,15 @@ def test_wrong_values_in_a_configuration_are_a_reason_or_nothing(tmp_path: Path,
     assert files.context_tokens < 2**53
 
 
+@pytest.mark.req("R28", "R52")
+@pytest.mark.parametrize("where", ["config", "text_config"])
+def test_more_layers_than_any_model_has_are_refused_and_not_counted_out(tmp_path: Path, where: str) -> None:
+    layers = {"num_hidden_layers": 2**39}
+    config = {**_GOOD, **layers} if where == "config" else {**_GOOD, "text_config": {**_GOOD, **layers}}
+    with pytest.raises(NotServable, match="more layers"):
+        inspect_folder(write_model(tmp_path / "m", config))
+
+
 @pytest.mark.req("R28", "R32")
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json",
                                   "chat_template.json", "1_Pooling/config.json", "model.safetensors.index.json",
