@@ -49,14 +49,13 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        store = Store(home) if home is not None else None
-        if store is not None:
-            await asyncio.to_thread(store.prepare)
+        folder = home if home is not None and await asyncio.to_thread(_can_keep, home) else None
+        store = Store(folder) if folder is not None else None
         catalogue = Catalogue(_sources(settings), settings.default_model, store)
         supervisor = Supervisor(_options(settings, home))
         keys = KeyRing(settings.api_keys, keys_file(home) if home is not None else None)
-        if home is not None:
-            keys.trust_local(await asyncio.to_thread(local_key, home, create=True))
+        if folder is not None:
+            keys.trust_local(await asyncio.to_thread(local_key, folder))
         await asyncio.to_thread(keys.refresh)  # a file that cannot be read must not mean that no keys are asked for
         models = Models(catalogue, store, supervisor.happenings) if store is not None else None
         app.state.server = Server(settings, catalogue, supervisor, keys, models)
@@ -119,6 +118,17 @@ async def _watch_keys(keys: KeyRing) -> None:
                 log.info("event=keys_changed")
         except KeyFileError as error:
             log.error("event=keys_refused error=%r", str(error))
+
+
+def _can_keep(home: Path) -> bool:
+    """Make what is kept in the home folder. A router without one serves what there is, and keeps nothing."""
+    try:
+        Store(home).prepare()
+        local_key(home, create=True)
+    except OSError as error:
+        log.warning("event=home_unusable path=%r error=%r hint=%r", str(home), str(error), "set MLX_ROUTER_HOME")
+        return False
+    return True
 
 
 def _configure_models(server: Server, settings: Settings) -> None:

@@ -14,7 +14,7 @@ from mlx_router_server.access.keys import Scope, keys_file, make_key, read_keys,
 from mlx_router_server.api.auth import OPEN_PATHS, SCOPES, scope_of
 from mlx_router_server.app import create_app
 from mlx_router_server.settings import Settings
-from tests.support.command import command_on
+from tests.support.command import command, command_on
 from tests.support.http import call
 from tests.support.router import RouterProcess, running_router, wait_until
 
@@ -161,3 +161,22 @@ def test_the_command_makes_lists_and_takes_back_keys(home: Path) -> None:
         assert command_on(router, "keys", "remove", "laptop", home=home).returncode == 0
         assert read_keys(keys_file(home)) == []
         assert command_on(router, "keys", "remove", "laptop", home=home).returncode == 1
+
+
+@pytest.mark.req("R31")
+def test_a_router_does_not_start_with_keys_that_it_cannot_read(home: Path) -> None:
+    keys_file(home).write_text("{")
+    started = command("start", "--port", "0", home=home)
+    assert (started.returncode, started.stderr.count("\n")) == (2, 1)
+    assert "keys.json is not a file of keys" in started.stderr
+
+
+def test_a_router_whose_home_cannot_be_written_serves_and_keeps_nothing(tmp_path: Path, home: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with running_router(
+        home, "--standby-workers", "0", variables={"MLX_ROUTER_HOME": str(tmp_path / "file")}
+    ) as router:
+        router.wait_line("home_unusable")
+        assert router.generate("demo", prompt="Hello!")["done"]
+        refused = call(router, "POST", "/api/copy", {"source": "demo", "destination": "x"})
+        assert (refused.status, "no home folder" in refused.json()["error"]) == (400, True)

@@ -183,7 +183,7 @@ def read_keys(file: Path) -> list[Key]:
             raise KeyFileError(f"{file} is too large")
         data = json.loads(file.read_text(encoding="utf-8"))
         return [_read(item) for item in data["keys"]]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise KeyFileError(f"{file}: {error.strerror}") from None

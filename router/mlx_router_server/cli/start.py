@@ -88,14 +88,13 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _refuse_open_door(settings: Settings, home: Path) -> None:
-    """Others can reach every address but loopback; they need keys, or the operator's word that they do not."""
-    if is_loopback(settings.host) or settings.insecure_bind or settings.api_keys:
-        return
+    """Others can reach every address but loopback; they need keys, or the operator's word that they do not. A file of
+    keys that cannot be read must not mean that nobody is asked for one."""
     try:
         keys = read_keys(keys_file(home))
     except KeyFileError as error:
         raise SettingsError(str(error)) from None
-    if not keys:
+    if not keys and not (is_loopback(settings.host) or settings.insecure_bind or settings.api_keys):
         raise SettingsError(
             f"host {settings.host or '0.0.0.0'!r} can be reached from other machines, and there are no keys: "  # noqa: S104  # said, not bound
             "make one with `mlx-router keys add NAME`, or allow everybody with --insecure-bind true"

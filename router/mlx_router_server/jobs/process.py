@@ -72,8 +72,7 @@ async def run_job(job: Job) -> AsyncGenerator[JobEvent, None]:
             event = decode_job_event(line)
             ended = isinstance(event, JobDone | JobFailed)
             if ended:
-                async with asyncio.timeout(_EXIT_SECONDS):
-                    await process.wait()
+                await asyncio.wait([asyncio.create_task(process.wait())], timeout=_EXIT_SECONDS)  # else it is killed
             yield event
         if not ended:
             status = await process.wait()
