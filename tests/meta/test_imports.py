@@ -58,6 +58,7 @@ def test_a_running_router_has_imported_neither_mlx_nor_transformers(home: Path) 
         }
     assert {"starlette", "uvicorn", "zmq"} <= imported
     assert not imported & {"mlx", "mlx_lm", "transformers", "numpy", "tokenizers", "mlx_router_worker"}
+    assert not imported & {"huggingface_hub", "rich", "argcomplete"}, "they are for jobs and for commands"
 
 
 def test_a_folder_of_the_user_is_not_imported_from(home: Path, tmp_path: Path) -> None:
