@@ -6,8 +6,6 @@ import sys
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-
 __all__ = ["Bars"]
 
 
@@ -17,6 +15,7 @@ class Bars:
     def __init__(self) -> None:
         # Here and not above: it takes longer to import than most commands run.
         from rich import progress as rich
+        from rich.console import Console
 
         self._console = Console(stderr=True, highlight=False)
         self._terminal = sys.stderr.isatty()
