@@ -313,3 +313,40 @@ def test_pushing_is_refused_by_a_sentence(router: RouterProcess) -> None:
     refused = _post(router, "/api/push", model="demo")
     assert (refused.status, "hf upload" in refused.json()["error"]) == (400, True)
     assert _post(router, "/api/push").json() == {"error": "model is required"}
+
+
+@pytest.mark.req("R41")
+def test_the_official_client_manages_models(home: Path, tmp_path: Path) -> None:
+    """All of its calls about models, with what it makes of the answers."""
+    import ollama
+
+    repo = "mlx-community/Tiny-4bit"
+    with running_hub() as hub:
+        hub.add_folder(repo, DEMO_FOLDER)
+        with running_router(home, "--standby-workers", "0", variables={"HF_ENDPOINT": hub.url}) as router:
+            client = ollama.Client(host=router.url)
+            steps = list(client.pull(repo, stream=True))
+            assert steps[-1].status == "success"
+            assert max(step.completed or 0 for step in steps) > 500_000
+            assert client.pull(repo).status == "success"
+            weights = client.create_blob(str(DEMO_FOLDER / "model.safetensors"))
+            assert weights.startswith("sha256:")
+            made = client.create("brief", from_=repo, system="be brief", parameters={"num_predict": 3})
+            assert made.status == "success"
+            assert client.copy("brief", "again").status == "success"
+            assert {model.model for model in client.list().models} == {
+                "demo:latest", f"{repo}:latest", "brief:latest", "again:latest",
+            }  # fmt: skip
+            shown = client.show("again")
+            assert "num_predict" in (shown.parameters or "")
+            assert (client.generate("again", "Tell me a long story.").eval_count, len(client.ps().models)) == (3, 1)
+            for name in ("again", "brief", repo):
+                assert client.delete(name).status == "success"
+            assert {model.model for model in client.list().models} == {"demo:latest"}
+            with pytest.raises(ollama.ResponseError, match="file does not exist"):
+                client.pull("nosuch")
+            with pytest.raises(ollama.ResponseError, match="file does not exist"):
+                list(client.pull("nosuch", stream=True))
+            with pytest.raises(ollama.ResponseError, match="hf upload"):
+                client.push("demo")
+            client._client.close()
