@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER
+from tests.support.fakes import fake_config
 from tests.support.http import call
 from tests.support.router import RouterProcess, running_router, wait_until, write_config
 from tests.unit.test_catalogue import write_model
@@ -146,10 +147,10 @@ def test_a_new_repository_is_there_within_five_seconds_and_goes_as_quickly(home:
 
 
 @pytest.mark.req("R26")
-def test_lists_are_the_same_during_swaps_failures_and_reloads(home: Path, models_dir: Path) -> None:
-    arguments = ["--models-dir", str(models_dir), "--max-loaded-models", "1"]
-    (home / "config.toml").write_text("max_queue = 100\n")
-    with running_router(home, "--standby-workers", "0", *arguments) as router:
+def test_lists_are_the_same_during_swaps_failures_and_reloads(home: Path) -> None:
+    scripts: dict[str, dict[str, Any]] = {"a": {"tokens": 1}, "b": {"tokens": 1}, "broken": {"fail_load": "no"}}
+    arguments = fake_config(home, scripts, max_loaded_models=1)
+    with running_router(home, *arguments) as router:
         expected = _lists(router)
         wrong: list[Any] = []
         over = threading.Event()
@@ -162,8 +163,8 @@ def test_lists_are_the_same_during_swaps_failures_and_reloads(home: Path, models
         watcher = threading.Thread(target=watch)
         watcher.start()
         for number in range(6):
-            router.generate(("small", "other", "demo")[number % 3], options={"num_predict": 1})
-        (home / "config.toml").write_text("max_queue = 99\n")
+            name = ("a", "b", "broken")[number % 3]
+            assert call(router, "POST", "/api/generate", {"model": name, "prompt": "x"}).status in (200, 500, 503)
         router.process.send_signal(1)
         router.wait_line("event=reloaded")
         over.set()

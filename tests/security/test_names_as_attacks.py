@@ -136,18 +136,22 @@ def test_a_name_is_only_ever_a_key(audited: tuple[RouterProcess, Audit], number:
 def test_the_same_from_the_command_line(audited: tuple[RouterProcess, Audit]) -> None:
     router, audit = audited
     audit.begin()
-    names = [name for name in _NAMES if "\x00" not in name and len(name) < 100_000][::2]
+    verbs = ("show", "pull", "rm", "load", "run")
+    names = [name for name in _NAMES if "\x00" not in name and len(name) < 100_000]
+    nasty = [name for name in names if not name.isprintable()][:3]
+    calls = [(verbs[number % 5], name) for number, name in enumerate(names[::2])]
+    calls += [(verb, name) for verb in verbs for name in nasty]
 
-    def run(number: int) -> None:
-        verb = ("show", "pull", "rm", "load", "run")[number % 5]
-        done = command_on(router, verb, names[number], *(["hi"] if verb == "run" else []))
-        assert done.returncode in (1, 2, 4), (verb, names[number], done.stdout, done.stderr)
+    def run(asked: tuple[str, str]) -> None:
+        verb, name = asked
+        done = command_on(router, verb, name, *(["hi"] if verb == "run" else []))
+        assert done.returncode in (1, 2, 4), (verb, name, done.stdout, done.stderr)
         if done.returncode != 2:  # 2 is a complaint of argparse about a flag, with its usage
             assert done.stderr.count("\n") == 1, done.stderr
             assert done.stderr.rstrip("\n").isprintable(), ascii(done.stderr)
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, range(len(names))))
+        list(pool.map(run, calls))
     assert audit.spawned() == []
     assert audit.connected() == []
 

@@ -13,6 +13,7 @@ from urllib.parse import quote, urlsplit
 from mlx_router_server.access.keys import local_key
 from mlx_router_server.settings import Settings
 from mlx_router_server.settings_layers import home_folder
+from mlx_router_server.telemetry.logs import one_line
 
 __all__ = ["ApiError", "Client", "NoRouter", "connect"]
 
@@ -36,9 +37,9 @@ class ApiError(Exception):
     """The router refused; ``message`` is its sentence."""
 
     def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = one_line(message)  # it may repeat what somebody else has written
+        super().__init__(self.message)
 
 
 class _Shown:

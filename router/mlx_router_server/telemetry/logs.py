@@ -10,17 +10,22 @@ import sys
 from datetime import UTC, datetime
 from typing import Final
 
-__all__ = ["configure_logs", "quiet_uvicorn"]
+__all__ = ["configure_logs", "one_line", "quiet_uvicorn"]
+
+
+def one_line(text: str) -> str:
+    """What is not printable as Python writes it: whoever chose the text cannot begin a line, move a cursor, or turn the
+    direction of what follows."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 class _OneLine(logging.Formatter):
     """Line breaks would let a request write log lines of its own, and escapes move the cursor of a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the standard library's name
-        return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], super().formatMessage(record))
-
-
-_CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+        return one_line(super().formatMessage(record))
 
 
 class _Json(logging.Formatter):
