@@ -28,7 +28,7 @@ run: $(INSTALLED) ## start the router with the bundled demo model
 	$(BIN)/mlx-router start
 
 test: $(INSTALLED) ## all tests that a change has to pass
-	$(BIN)/python -m pytest --numprocesses 2 -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 3 -m "not slow"
 
 test-slow: $(INSTALLED) ## the long ones: many swaps of large models
 	$(BIN)/python -m pytest -m slow
