@@ -90,8 +90,7 @@ coverage: $(INSTALLED) ## branches of the lifecycle that its own tests reach: 95
 
 test-versions: ## unit and meta tests on each Python that is declared; PYTHONS="3.12"
 	for version in $(PYTHONS); do \
-	  python=$$(command -v python$$version || ls -d $$HOME/.pyenv/versions/$$version.*/bin/python 2>/dev/null | tail -1); \
-	  test -n "$$python" || { echo "there is no Python $$version on this machine"; exit 1; }; \
+	  python=$$(.ci/python $$version) || { echo "there is no Python $$version on this machine"; exit 1; }; \
 	  $(MAKE) --no-print-directory setup PYTHON=$$python VENV=.venv-$$version || exit 1; \
 	  .venv-$$version/bin/python -m pytest -q -n 2 tests/unit tests/meta tests/acceptance/test_demo_script.py || exit 1; \
 	done

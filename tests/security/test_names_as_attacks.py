@@ -136,15 +136,16 @@ def test_a_name_is_only_ever_a_key(audited: tuple[RouterProcess, Audit], number:
 def test_the_same_from_the_command_line(audited: tuple[RouterProcess, Audit]) -> None:
     router, audit = audited
     audit.begin()
-    verbs = ("show", "pull", "rm", "load", "run")
+    verbs = ("show", "pull", "rm", "load", "run", "unload", "pin", "unpin", "plan", "stop", "cp", "create")
     names = [name for name in _NAMES if "\x00" not in name and len(name) < 100_000]
     nasty = [name for name in names if not name.isprintable()][:3]
-    calls = [(verbs[number % 5], name) for number, name in enumerate(names[::2])]
-    calls += [(verb, name) for verb in verbs for name in nasty]
+    calls = [(verbs[number % len(verbs)], name) for number, name in enumerate(names[::2])]
+    calls += [(verb, nasty[number % len(nasty)]) for number, verb in enumerate(verbs)]
 
     def run(asked: tuple[str, str]) -> None:
         verb, name = asked
-        done = command_on(router, verb, name, *(["hi"] if verb == "run" else []))
+        more = {"run": ["hi"], "cp": ["x"], "create": ["-f", "-"]}.get(verb, [])
+        done = command_on(router, verb, name, *more, text="FROM nosuch\n" if verb == "create" else "")
         assert done.returncode in (1, 2, 4), (verb, name, done.stdout, done.stderr)
         if done.returncode != 2:  # 2 is a complaint of argparse about a flag, with its usage
             assert done.stderr.count("\n") == 1, done.stderr
