@@ -364,3 +364,16 @@ def test_options_never_reload(fleet: RouterProcess) -> None:
     for more in changes:
         assert _generate(fleet, **{**more, "options": {"num_predict": 3, **more.get("options", {})}}).status == 200
     assert fleet.model("demo")["pid"] == before
+
+
+@pytest.mark.covers("T042")
+@pytest.mark.parametrize("keep_alive", [1e15, 9e18, "99999999h", -1])
+def test_a_time_beyond_all_calendars_is_for_ever(fleet: RouterProcess, keep_alive: float | str) -> None:
+    """What a client may ask for, a list has to be able to show."""
+    asked = _generate(fleet, prompt="", keep_alive=keep_alive)
+    assert asked.status in (200, 400), asked.body
+    listed = call(fleet, "GET", "/api/ps")
+    assert listed.status == 200, listed.body
+    if asked.status == 200:
+        years = [int(model["expires_at"][:4]) for model in listed.json()["models"]]
+        assert max(years) > 2100

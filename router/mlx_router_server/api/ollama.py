@@ -113,7 +113,7 @@ def _running(server: Server, entry: ModelEntry, view: ModelView) -> dict[str, An
     size = max(worker.memory_bytes if worker else 0, view.memory_bytes, entry.files.weights_bytes, 1)
     now = time.time()
     left = (view.expires_at or time.monotonic()) - time.monotonic()
-    expires = answers.forever_from(now) if left == float("inf") else now + left
+    expires = min(now + left, answers.forever_from(now))
     context = worker.facts.context_tokens if worker and worker.facts else entry.files.context_tokens
     return {
         **_head(entry),
