@@ -56,8 +56,6 @@ class JobDone(Struct, frozen=True, kw_only=True, tag="done"):
 
     revision: str = ""
     path: str = ""
-    fetched_bytes: int = 0
-    """What came over the network; the rest was here."""
 
 
 class JobFailed(Struct, frozen=True, kw_only=True, tag="failed"):

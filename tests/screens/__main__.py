@@ -90,7 +90,6 @@ class Terminal:
         """The command and what it wrote."""
         self.clear()
         self.type(command)
-        time.sleep(0.1)
         screen = self.wait(lambda now: now.splitlines()[-1:] == [_PROMPT.rstrip()] and len(now.splitlines()) > 1)
         return "\n".join(screen.splitlines()[:-1])
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,7 +91,6 @@ class Hub:
         """So many requests for a file's content are."""
         self.down = False
         self.ignores_ranges = False
-        self.bytes_per_second: float = 0.0
         self.gate: threading.Event | None = None
         """Files of weights stop a little after their middle until it is set."""
         self.url = ""
@@ -213,7 +211,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _send(self, repository: Repository, path: str, begin: int, size: int) -> None:
             drops = hub.drop_after.get(path, [])
             limit = drops.pop(0) if drops else None
-            sent, began = 0, time.monotonic()
+            sent = 0
             for chunk in repository.read(path, begin, size):
                 if limit is not None and sent + len(chunk) >= limit:
                     chunk = chunk[: limit - sent]
@@ -230,8 +228,6 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     self.close_connection = True
                     self.connection.close()
                     return
-                if hub.bytes_per_second:
-                    time.sleep(max(sent / hub.bytes_per_second - (time.monotonic() - began), 0))
                 if hub.gate is not None and path.endswith(_LFS) and begin + sent >= size * 0.65:
                     hub.gate.wait(30)
 

@@ -11,15 +11,15 @@ import fnmatch
 import hashlib
 import hmac
 import json
-import os
 import secrets
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
+
+from mlx_router_server.files import replace_file
 
 __all__ = [
     "EVERYBODY",
@@ -172,7 +172,7 @@ def local_key(home: Path, *, create: bool = False) -> str:
         if not create:
             return ""
     text = _PREFIX + secrets.token_urlsafe(32)
-    _write_private(file, text)
+    replace_file(file, text.encode())
     return text
 
 
@@ -216,18 +216,4 @@ def write_keys(file: Path, keys: list[Key]) -> None:
         }
         for key in keys
     ]
-    _write_private(file, json.dumps({"version": 1, "keys": items}, indent=2))
-
-
-def _write_private(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")  # mode 0600
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    replace_file(file, json.dumps({"version": 1, "keys": items}, indent=2).encode())

@@ -108,6 +108,7 @@ class IndexBuilder:
                 yield from _stamp(registered.path)
 
     def build(self) -> Index:
+        registered = {parse_name(said.name).key: said for said in self.sources.registered}
         entries: dict[str, ModelEntry] = {}
         unservable: dict[str, Unservable] = {}
         for found in self._found():
@@ -118,7 +119,7 @@ class IndexBuilder:
                 continue
             if name.key in entries:
                 continue
-            said = self._registered(name)
+            said = registered.get(name.key) or Registered(name=name.display)
             files = self._inspect(found, said.kind)
             if isinstance(files, Unservable):
                 unservable[found.name] = files
@@ -134,13 +135,6 @@ class IndexBuilder:
             entries[target] = replace(entries[target], aliases=tuple(sorted(shorts)))
         listed = sorted(entries.values(), key=lambda entry: entry.files.modified_at, reverse=True)
         return Index(entries, aliases, unservable, tuple(listed))
-
-    def _registered(self, name: ModelName) -> Registered:
-        """What the configuration says of a model, wherever it was found."""
-        for registered in self.sources.registered:
-            if parse_name(registered.name).key == name.key:
-                return registered
-        return Registered(name=name.display)
 
     def _aliases(self, entries: dict[str, ModelEntry]) -> dict[str, str]:
         """Keys of names to keys of models: what the configuration says before what ships; a name of a model is none."""

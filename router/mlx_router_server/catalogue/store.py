@@ -28,6 +28,7 @@ from msgspec import Struct, field
 
 from mlx_router_server.catalogue.names import parse_name
 from mlx_router_server.catalogue.overlay import Overlay
+from mlx_router_server.files import replace_file
 from mlx_router_shared.errors import InvalidRequest
 
 __all__ = ["BLOB", "Manifest", "Pulled", "Store"]
@@ -104,7 +105,7 @@ class Store:
 
     def put(self, manifest: Manifest) -> None:
         """Raises ``OSError``."""
-        _write(self._manifest_path(manifest.name), msgspec.json.format(msgspec.json.encode(manifest)))
+        replace_file(self._manifest_path(manifest.name), msgspec.json.format(msgspec.json.encode(manifest)))
 
     def drop(self, name: str, others: Iterable[Manifest]) -> None:
         """Forget a created model, and remove the weights that none of the others needs."""
@@ -194,24 +195,10 @@ class Store:
             self._write_pulled(records)
 
     def _write_pulled(self, records: dict[str, Pulled]) -> None:
-        _write(self.root / "pulled.json", msgspec.json.format(msgspec.json.encode(list(records.values()))))
+        replace_file(self.root / "pulled.json", msgspec.json.format(msgspec.json.encode(list(records.values()))))
 
 
 def _read(path: Path) -> bytes:
     if path.stat().st_size > _LARGEST:
         raise ValueError(f"{path.name} is too large")
     return path.read_bytes()
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -98,8 +98,6 @@ class Pull:
         self._tell = tell
         self._api = HfApi(library_name="mlx-router")
         self._folder = Path(job.cache) / repo_folder_name(repo_id=job.repository, repo_type="model")
-        self._fetched = 0
-        self._lock = threading.Lock()
 
     def run(self) -> JobDone:
         self._tell(JobStatus(text="pulling manifest"))
@@ -122,7 +120,7 @@ class Pull:
             self._link(file, commit)
         self._write_reference(commit)
         path = self._folder / "snapshots" / commit
-        return JobDone(revision=commit, path=str(path), fetched_bytes=self._fetched)
+        return JobDone(revision=commit, path=str(path))
 
     def _look(self) -> tuple[str, list[RepoFile]]:
         info = self._api.model_info(self._job.repository, revision=self._job.revision)
@@ -150,8 +148,6 @@ class Pull:
         digest = "sha256:" + hashlib.sha256("\n".join(sorted(file.blob_id for file in files)).encode()).hexdigest()
         total, completed = sum(file.size for file in files), 0
         for file in files:
-            if not self._pointer(file, commit).exists():
-                self._fetched += file.size
             self._link(file, commit)
             completed += file.size
             self._tell(JobProgress(digest=digest, total=total, completed=completed, text="configuration and tokenizer"))
@@ -214,7 +210,7 @@ class Pull:
         while (have := part.stat().st_size if part.exists() else 0) < file.size:
             told(have)
             address, headers = self._address(file, commit)
-            progress = _progress(have, told, self._note_fetched)
+            progress = _progress(have, told)
             try:
                 with part.open("r+b" if have else "wb") as stream:
                     stream.seek(have)
@@ -243,10 +239,6 @@ class Pull:
             headers.pop("authorization", None)
         return location, headers
 
-    def _note_fetched(self, count: int) -> None:
-        with self._lock:
-            self._fetched += count
-
     # ----------------------------------------------------------------- places
 
     def _blob(self, file: RepoFile) -> Path:
@@ -255,9 +247,6 @@ class Pull:
     def _part(self, file: RepoFile) -> Path:
         """Not huggingface_hub's own name, which it would take for its own; its cleaning finds it by the ending."""
         return self._blob(file).with_name(self._blob(file).name + ".mlx-router.incomplete")
-
-    def _pointer(self, file: RepoFile, commit: str) -> Path:
-        return self._folder / "snapshots" / commit / file.path
 
     def _present(self, file: RepoFile) -> int:
         for path in (self._blob(file), self._part(file)):
@@ -282,7 +271,7 @@ def _hash(path: Path, file: RepoFile) -> str:
     return digest.hexdigest()
 
 
-def _progress(begin: int, told: Callable[[int], None], fetched: Callable[[int], None]) -> Any:
+def _progress(begin: int, told: Callable[[int], None]) -> Any:
     """A stand-in for a progress bar, which is how huggingface_hub tells how far it is."""
 
     class Progress:
@@ -291,7 +280,6 @@ def _progress(begin: int, told: Callable[[int], None], fetched: Callable[[int], 
 
         def update(self, count: float | None = 1) -> None:
             self.n += int(count or 0)
-            fetched(max(int(count or 0), 0))
             told(self.n)
 
         def __enter__(self) -> Progress:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from pathlib import Path
 from typing import Final
 
 import msgspec
+
+from mlx_router_server.files import replace_file
 
 __all__ = ["Measured", "Measurements"]
 
@@ -80,7 +81,4 @@ class Measurements:
 
     def _write(self, data: bytes) -> None:
         assert self._file is not None
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        new = self._file.with_suffix(".new")
-        new.write_bytes(data)
-        os.replace(new, self._file)
+        replace_file(self._file, data)
