@@ -20,7 +20,6 @@ __all__ = [
     "duration",
     "integer",
     "names",
-    "not_yet",
     "one_of",
     "options",
     "path",
@@ -108,13 +107,6 @@ def path(value: object) -> Path:
     return Path(text(value)).expanduser().absolute()
 
 
-def not_yet(value: object) -> str:
-    """A name that is kept for a later release: what cannot take effect is not accepted."""
-    if value != "":
-        raise ValueError("this release has no use for it; take it out")
-    return ""
-
-
 def options(value: object) -> dict[str, Any]:
     """A table of options as requests have them."""
     if not isinstance(value, dict):
@@ -163,7 +155,6 @@ _SCHEMAS: Final[dict[Callable[[object], Any], dict[str, Any]]] = {
     duration: {"type": ["number", "string"]},
     integer: {"type": "integer", "minimum": 0},
     names: _TEXTS,
-    not_yet: {"type": "string", "maxLength": 0},
     options: {"type": "object"},
     path: {"type": "string"},
     paths: _TEXTS,

@@ -73,6 +73,8 @@ class Load(Struct, frozen=True, kw_only=True, tag="load"):
     """An absolute folder on this machine; the worker never touches the network."""
     adapter_path: str = ""
     """A folder with a LoRA adapter that is put on the weights; empty for none."""
+    draft_path: str = ""
+    """A folder with a smaller model of the same tokens that guesses ahead; empty for none."""
     context_tokens: int
     """The longest prompt plus answer that may be admitted; the model's own limit if that is less."""
     parallel: int

@@ -188,6 +188,7 @@ def _example() -> str:
         "# context_length = 16384",
         '# memory = "9GB"   # instead of the estimate',
         '# adapter = "/models/my-lora"   # a LoRA adapter that is put on its weights',
+        '# draft_model = "Qwen3-0.6B-4bit"   # a smaller model with the same tokens, which guesses ahead',
         '# system = "You answer in one sentence."   # where a conversation brings no system prompt',
         "# options = { temperature = 0.2, num_ctx = 8192 }   # where a request says nothing",
         '# kind = "embedding"   # or "chat": where its files tell it wrong',

@@ -61,7 +61,7 @@ def test_a_block_keeps_its_lines() -> None:
         ('FROM a\nSYSTEM """x""" y', "text after the closing"),
         ("FROM a\nPARAMETER stop", "has no value"),
         ("FROM a\nMESSAGE robot hi", "role of a MESSAGE"),
-        ("FROM a\nDRAFT b", "draft models"),
+        ("FROM a\nDRAFT b", "a draft model is said in the configuration"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(text: str, sentence: str) -> None:

@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -33,7 +33,6 @@ from mlx_router_shared.generation import (
     Sampling,
     Started,
     StreamEvents,
-    TokenLogprob,
     Usage,
     failure_of,
 )
@@ -41,7 +40,9 @@ from mlx_router_shared.protocol import Load, ModelFacts
 from mlx_router_worker.engine import Report
 from mlx_router_worker.mlx_answer import AnswerStream, Drawn, Vocabulary
 from mlx_router_worker.mlx_base import MlxBase
+from mlx_router_worker.mlx_draft import DraftLane
 from mlx_router_worker.mlx_sampling import GuideProcessor, Samplers, processors_for
+from mlx_router_worker.mlx_scoring import PromptScore
 from mlx_router_worker.sampling import first_said, read_generation_config
 from mlx_router_worker.text.answer import AnswerBuilder
 from mlx_router_worker.text.grammar import Grammars
@@ -56,6 +57,7 @@ __all__ = ["PREFILL_TOKENS", "MlxEngine", "Prompt"]
 # default of 2048 is made for throughput.
 PREFILL_TOKENS: Final = 512
 _JSON_CALLS: Final = "mlx_lm.tool_parsers.json_tools"
+_DRAFT_UID: Final = -1  # the generator counts from 0
 
 
 class Prompt(NamedTuple):
@@ -68,15 +70,12 @@ class Prompt(NamedTuple):
 
 @dataclass(slots=True)
 class _Scoring:
-    """A prompt whose own log probabilities are wanted; read in chunks between the steps of the others."""
+    """A request whose answer begins when the log probabilities of its prompt are known."""
 
     request: GenerationRequest
     prompt: Prompt
-    cache: list[Any]
-    top: int
+    score: PromptScore
     started: float
-    at: int = 0
-    entries: list[TokenLogprob] = field(default_factory=list)
 
 
 class MlxEngine(MlxBase):
@@ -88,6 +87,7 @@ class MlxEngine(MlxBase):
         self._uids: dict[str, int] = {}
         self._scoring: dict[str, _Scoring] = {}
         self._generator: BatchGenerator | None = None
+        self._drafts: DraftLane | None = None
         self._machine: Any = None
         self._generation_config = Sampling()
         self._samplers: Samplers | None = None
@@ -99,6 +99,8 @@ class MlxEngine(MlxBase):
     def load(self, load: Load, report: Report) -> ModelFacts:
         config = self._load_weights(load, report)
         self._check_cache(config)
+        if load.draft_path:
+            self._load_draft(Path(load.draft_path))
         self._path = Path(load.path)
         self._generation_config = read_generation_config(self._path)
         self._machine = make_text_state_machine(self._tokenizer)
@@ -122,6 +124,12 @@ class MlxEngine(MlxBase):
     def _check_cache(self, config: dict[str, Any]) -> None:
         if not all(hasattr(cache, "merge") for cache in make_prompt_cache(self._model)):
             raise LoadFailed(f"the {config.get('model_type')} architecture keeps a cache that cannot be batched")
+
+    def _load_draft(self, folder: Path) -> None:
+        started = time.perf_counter()
+        self._drafts = DraftLane(self._model, self._tokenizer, folder, PREFILL_TOKENS)
+        self._weights_bytes += self._drafts.weights_bytes
+        self._weights_seconds += time.perf_counter() - started
 
     def warm_up(self) -> None:
         """Compile kernels with one token. On a CPU there are none, and a token of a large model takes a second."""
@@ -157,7 +165,8 @@ class MlxEngine(MlxBase):
         events: list[Event] = [Started(prompt_tokens=len(prompt.tokens), dropped_messages=prompt.dropped)]
         if request.echo and request.top_logprobs is not None:
             cache = make_prompt_cache(self._model)
-            self._scoring[request_id] = _Scoring(request, prompt, cache, request.top_logprobs, started)
+            score = PromptScore(tokens=prompt.tokens, cache=cache, top=request.top_logprobs)
+            self._scoring[request_id] = _Scoring(request, prompt, score, started)
             return events
         if request.echo:
             events.append(PromptEcho(text=self._prompt_text(request, prompt.tokens)))
@@ -186,9 +195,13 @@ class MlxEngine(MlxBase):
         guide = self._guide(request, pieces, min(budget, room))
         if guide is not None:
             processors.append(guide)  # the last word is the grammar's
-        (uid,) = self._generator.insert(
-            [tokens], [min(budget, room)], samplers=[sampler], logits_processors=[processors], **prompt.extra
-        )
+        if self._drafts is not None and self._drafts.free and not processors and not prompt.extra:
+            uid = _DRAFT_UID
+            self._drafts.begin(uid, tokens, min(budget, room), sampler)
+        else:
+            (uid,) = self._generator.insert(
+                [tokens], [min(budget, room)], samplers=[sampler], logits_processors=[processors], **prompt.extra
+            )
         self._uids[request_id] = uid
         self._streams[uid] = AnswerStream(
             request_id=request_id,
@@ -302,9 +315,13 @@ class MlxEngine(MlxBase):
     def cancel(self, request_id: str) -> None:
         self._scoring.pop(request_id, None)
         uid = self._uids.pop(request_id, None)
-        if uid is not None and self._generator is not None:
+        if uid is None or self._generator is None:
+            return
+        if uid == _DRAFT_UID and self._drafts is not None:
+            self._drafts.cancel()
+        else:
             self._generator.remove([uid])
-            del self._streams[uid]
+        del self._streams[uid]
 
     @property
     def streams(self) -> int:
@@ -320,6 +337,17 @@ class MlxEngine(MlxBase):
             self._score(request_id, scoring, out)
         if not self._streams:
             return out
+        if _DRAFT_UID in self._streams and self._drafts is not None:
+            for uid, drawn in self._drafts.step():
+                self._tell(uid, drawn, out)
+        if len(self._streams) > (_DRAFT_UID in self._streams):
+            self._step_batch(out)
+        if not self._streams:
+            mx.clear_cache()
+        return out
+
+    def _step_batch(self, out: list[StreamEvents]) -> None:
+        assert self._generator is not None
         prompts, responses = self._generator.next()
         for response in responses:
             self._tell(response.uid, Drawn(response.token, response.logprobs, response.finish_reason), out)
@@ -328,9 +356,6 @@ class MlxEngine(MlxBase):
                 self._tell(prompt.uid, first, out)
                 if (stream := self._streams.get(prompt.uid)) is not None:
                     stream.told_early = True
-        if not self._streams:
-            mx.clear_cache()
-        return out
 
     def _tell(self, uid: int, drawn: Drawn, out: list[StreamEvents]) -> None:
         stream = self._streams.get(uid)
@@ -363,20 +388,11 @@ class MlxEngine(MlxBase):
 
     def _score(self, request_id: str, scoring: _Scoring, out: list[StreamEvents]) -> None:
         """One more chunk of a prompt; at its end the answer is begun."""
-        tokens, at = scoring.prompt.tokens, scoring.at
-        if at == 0:
-            scoring.entries.append(self._words.entry(tokens[0], None))
-        chunk = tokens[at : at + PREFILL_TOKENS]
-        logits = self._model(mx.array([chunk]), cache=scoring.cache)[0]
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        for row, following in enumerate(tokens[at + 1 : at + 1 + len(chunk)]):
-            scoring.entries.append(self._words.logprob(following, logprobs[row], scoring.top))
-        scoring.at += len(chunk)
-        if scoring.at < len(tokens):
+        if not scoring.score.read(self._model, self._words, PREFILL_TOKENS):
             return
         del self._scoring[request_id]
-        text = self._prompt_text(scoring.request, tokens)
-        events: list[Event] = [PromptEcho(text=text, tokens=scoring.entries)]
+        text = self._prompt_text(scoring.request, scoring.prompt.tokens)
+        events: list[Event] = [PromptEcho(text=text, tokens=scoring.score.entries)]
         try:
             events += self._insert(request_id, scoring.request, scoring.prompt, scoring.started)
         except MlxRouterError as error:
@@ -386,7 +402,7 @@ class MlxEngine(MlxBase):
     def close(self) -> None:
         if self._generator is not None:
             self._generator.close()
-        self._generator = None
+        self._generator = self._drafts = None
         self._machine = None
         self._streams.clear()
         self._scoring.clear()

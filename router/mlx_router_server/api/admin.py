@@ -207,7 +207,7 @@ async def plan(request: Request) -> Response:
     load_plan = server.plan(entry)
     forecast = server.supervisor.forecast(load_plan.spec)
     sizes = {view.name: view.reserved_bytes for view in server.supervisor.views()}
-    estimate = entry.estimate(load_plan.context_tokens)
+    estimate = server.estimate(entry)
     measured = server.supervisor.measured(load_plan.measured_as)
     return _json(
         {

@@ -17,7 +17,7 @@ from mlx_router_server.access.keys import Caller, KeyRing
 from mlx_router_server.api.listing import Listing
 from mlx_router_server.api.response_store import ResponseStore
 from mlx_router_server.catalogue.catalogue import Catalogue, Sources
-from mlx_router_server.catalogue.entry import Capability, ModelEntry, install_command
+from mlx_router_server.catalogue.entry import Capability, Estimate, ModelEntry, install_command
 from mlx_router_server.catalogue.names import parse_name
 from mlx_router_server.dialects.call import Need, Needs
 from mlx_router_server.lifecycle.keepalive import KeepAlive
@@ -29,7 +29,7 @@ from mlx_router_server.settings import ModelSettings, Settings
 from mlx_router_server.workers.lease import Lease
 from mlx_router_server.workers.plan import LoadPlan, SupervisorOptions, Wishes
 from mlx_router_server.workers.supervisor import Supervisor
-from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFound, UnsupportedCapability
+from mlx_router_shared.errors import InvalidRequest, LoadFailed, MlxRouterError, ModelNotFound, UnsupportedCapability
 
 __all__ = ["BodyTooLarge", "BodyTooSlow", "Door", "Server", "body_parts", "caller_of", "read_body", "server_of"]
 
@@ -125,10 +125,11 @@ class Server:
         if entry.files.unusable:
             raise UnsupportedCapability(entry.files.unusable, param="model")
         said = self._model_settings(entry)
-        context = said.context_length if said.context_length is not None else self.settings.context_length
+        context = self._context(said)
         parallel = max(self.settings.parallel, 1)
-        estimate = entry.estimate(context)
-        key = f"{entry.weights_digest}:{context}:{parallel}"
+        draft = self._draft(entry, said)
+        estimate = self.estimate(entry)
+        key = f"{entry.weights_digest}:{context}:{parallel}" + (f":{draft.weights_digest}" if draft else "")
         measured = self.supervisor.measured(key)
         needed = estimate.loaded_bytes + estimate.growth_bytes
         if measured is not None:
@@ -151,11 +152,37 @@ class Server:
             ),
             path=str(entry.path.absolute()),
             adapter=str(entry.adapter.absolute()) if entry.adapter is not None else "",
+            draft=str(draft.path.absolute()) if draft is not None else "",
             engine=entry.files.engine,
             context_tokens=context,
             parallel=parallel,
             measured_as=key,
         )
+
+    def estimate(self, entry: ModelEntry) -> Estimate:
+        """Memory of its worker, with everything that the configuration has it load."""
+        said = self._model_settings(entry)
+        context = self._context(said)
+        draft = self._draft(entry, said)
+        alone = entry.estimate(context)
+        return alone.with_draft(draft.estimate(context)) if draft is not None else alone
+
+    def _context(self, said: ModelSettings) -> int:
+        return said.context_length if said.context_length is not None else self.settings.context_length
+
+    def _draft(self, entry: ModelEntry, said: ModelSettings) -> ModelEntry | None:
+        """The model that guesses ahead for this one; raises ``LoadFailed`` when there is none of that name, or it
+        cannot do that."""
+        if not said.draft_model:
+            return None
+        name = f"draft_model '{said.draft_model}' of model '{entry.name.display}'"
+        try:
+            draft = self.catalogue.resolve(said.draft_model)
+        except MlxRouterError:
+            raise LoadFailed(f"{name} is not here; fetch it, or take the setting out") from None
+        if entry.files.engine != "mlx" or draft.files.engine != "mlx":
+            raise LoadFailed(f"{name} cannot be used: both have to generate text, and nothing else")
+        return draft
 
     async def reload(self, settings: Settings, sources: Sources, options: SupervisorOptions) -> None:
         """Other settings from now on, all of them at once; requests that have begun keep theirs."""

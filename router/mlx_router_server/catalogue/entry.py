@@ -99,6 +99,14 @@ class Estimate:
         """What comes after the load."""
         return self.cache_bytes + self.work_bytes
 
+    def with_draft(self, draft: Estimate) -> Estimate:
+        """The same with another model in the same process."""
+        return Estimate(
+            loaded_bytes=self.loaded_bytes + draft.loaded_bytes - _PROCESS_BYTES,
+            cache_bytes=self.cache_bytes + draft.cache_bytes,
+            work_bytes=max(self.work_bytes, draft.work_bytes),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:

@@ -111,7 +111,7 @@ def _take(found: Modelfile, word: str, value: str, number: int) -> None:
                 raise ModelfileError(f"line {number}: the role of a MESSAGE is system, user or assistant")
             found.messages.append({"role": role.lower(), "content": said.strip(" ")})
         case "draft":
-            raise ModelfileError(f"line {number}: draft models are not used by this server")
+            raise ModelfileError(f"line {number}: a draft model is said in the configuration, as draft_model")
         case _ if word in _IGNORED:
             found.ignored.append(word.upper())
         case _:

@@ -119,8 +119,8 @@ CREATE_FIELDS: Final = FieldRules(
     },
     refused={
         "remote_host": "this server runs local models only",
-        "draft_files": "draft models are not used by this server",
-        "draft_quantize": "draft models are not used by this server",
+        "draft_files": "a draft model is said in the configuration, as draft_model",
+        "draft_quantize": "a draft model is said in the configuration, as draft_model",
     },
     notes={
         "files": "names and digests of files in MLX layout that were uploaded to /api/blobs",

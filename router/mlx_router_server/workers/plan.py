@@ -47,6 +47,8 @@ class LoadPlan:
     """The key under which measurements of this load are remembered."""
     adapter: str = ""
     """The folder of a LoRA adapter, or nothing."""
+    draft: str = ""
+    """The folder of a model that guesses ahead, or nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -134,6 +134,7 @@ class Run:
             model=plan.spec.name,
             path=plan.path,
             adapter_path=plan.adapter,
+            draft_path=plan.draft,
             context_tokens=plan.context_tokens,
             parallel=plan.parallel,
             warm_up_seconds=self._options.warm_up_timeout_seconds,
