@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -14,9 +15,11 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from mlx_router_server.access.keys import KeyFileError, KeyRing, keys_file, local_key
-from mlx_router_server.api import admin, anthropic, errors, manage, ollama, openai, responses
+from mlx_router_server.api import admin, anthropic, errors, figures, manage, ollama, openai, responses
 from mlx_router_server.api.auth import Auth
 from mlx_router_server.api.edge import Edge
+from mlx_router_server.api.inspect import Inspector
+from mlx_router_server.api.meter import Meter
 from mlx_router_server.api.server import Server
 from mlx_router_server.catalogue.catalogue import Catalogue, Registered, Sources
 from mlx_router_server.catalogue.discovery import hub_cache
@@ -27,7 +30,9 @@ from mlx_router_server.lifecycle.queueing import BusyPolicy
 from mlx_router_server.management.models import Models
 from mlx_router_server.settings import Settings, reloaded
 from mlx_router_server.settings_layers import home_folder, load_settings
-from mlx_router_server.telemetry.logs import configure_logs
+from mlx_router_server.telemetry.events import Happening
+from mlx_router_server.telemetry.logs import LogRing, configure_logs
+from mlx_router_server.telemetry.metrics import Metrics
 from mlx_router_server.workers.memory import default_budget, read_memory, wired_limit
 from mlx_router_server.workers.plan import SupervisorOptions
 from mlx_router_server.workers.supervisor import Supervisor
@@ -36,9 +41,10 @@ __all__ = ["create_app", "create_app_from_environment", "reload"]
 
 log = logging.getLogger(__name__)
 
-_APIS: Final = (ollama, manage, openai, responses, anthropic, admin)
+_APIS: Final = (ollama, manage, openai, responses, anthropic, admin, figures)
 
 _KEYS_SECONDS: Final = 1.0
+_LAG_SECONDS: Final = 1.0
 
 
 def create_app(settings: Settings, home: Path | None = None) -> Starlette:
@@ -49,6 +55,8 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        lines = LogRing()
+        logging.getLogger().addHandler(lines)
         folder = home if home is not None and await asyncio.to_thread(_can_keep, home) else None
         store = Store(folder) if folder is not None else None
         catalogue = Catalogue(_sources(settings), settings.default_model, store)
@@ -58,13 +66,15 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
             keys.trust_local(await asyncio.to_thread(local_key, folder))
         await asyncio.to_thread(keys.refresh)  # a file that cannot be read must not mean that no keys are asked for
         models = Models(catalogue, store, supervisor.happenings) if store is not None else None
-        app.state.server = Server(settings, catalogue, supervisor, keys, models)
-        _configure_models(app.state.server, settings)
+        app.state.server = server = Server(settings, catalogue, supervisor, keys, models, logs=lines.ring)
+        supervisor.happenings.observers += [server.metrics.observe, _letting_go(lines)]
+        _apply(server, settings)
         await catalogue.start()
         await supervisor.start()
         tasks = [
-            asyncio.create_task(_preload(app.state.server), name="preload"),
+            asyncio.create_task(_preload(server), name="preload"),
             asyncio.create_task(_watch_keys(keys), name="keys"),
+            asyncio.create_task(_watch_loop(server.metrics), name="loop-lag"),
         ]
         try:
             yield
@@ -76,11 +86,17 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
                 await models.stop()
             await supervisor.stop()
             await catalogue.stop()
+            logging.getLogger().removeHandler(lines)
 
     app = Starlette(
         routes=[route for api in _APIS for route in api.routes()],
         lifespan=lifespan,
-        middleware=[Middleware(Edge, bound_host=settings.host), Middleware(Auth)],
+        middleware=[
+            Middleware(Meter),
+            Middleware(Edge, bound_host=settings.host),
+            Middleware(Auth),
+            Middleware(Inspector),
+        ],
     )
     errors.install(app)
     return app
@@ -89,7 +105,7 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
 def create_app_from_environment() -> Starlette:
     """For ``uvicorn --factory mlx_router_server.app:create_app_from_environment``."""
     settings = load_settings({}, dict(os.environ))
-    configure_logs(settings.log_level, settings.log_format)
+    configure_logs(settings.log_level, settings.log_format, settings.log_file)
     return create_app(settings, home_folder(dict(os.environ)))
 
 
@@ -98,8 +114,11 @@ async def reload(app: Starlette, new: Settings, home: Path | None = None) -> Non
     server: Server = app.state.server
     settings, waiting = reloaded(server.settings, new)
     await server.reload(settings, _sources(settings), _options(settings, home))
-    _configure_models(server, settings)
-    configure_logs(settings.log_level, settings.log_format)
+    _apply(server, settings)
+    try:
+        configure_logs(settings.log_level, settings.log_format, settings.log_file)
+    except OSError as error:
+        log.error("event=log_file_refused path=%r error=%r", settings.log_file, str(error))
     log.info("event=reloaded models=%d waiting_for_restart=%r", len(settings.models), ",".join(waiting))
 
 
@@ -131,7 +150,32 @@ def _can_keep(home: Path) -> bool:
     return True
 
 
-def _configure_models(server: Server, settings: Settings) -> None:
+def _letting_go(lines: LogRing) -> Callable[[Happening], None]:
+    """Who follows the log must not hold up the end of the router."""
+
+    def observe(happening: Happening) -> None:
+        if happening.kind == "leaving":
+            lines.ring.close()
+
+    return observe
+
+
+async def _watch_loop(metrics: Metrics) -> None:
+    """Whatever holds the loop up makes this late."""
+    while True:
+        began = time.monotonic()
+        await asyncio.sleep(_LAG_SECONDS)
+        metrics.loop_lag.observe(max(time.monotonic() - began - _LAG_SECONDS, 0.0))
+
+
+def _apply(server: Server, settings: Settings) -> None:
+    """What is no setting of the supervisor's or the catalogue's, at the start and after a reload."""
+    server.inspection.configure(settings.inspect_requests)
+    if settings.log_prompts:
+        log.warning("event=prompts_are_logged hint='everything that clients send is in this log: log_prompts = false'")
+    if settings.inspect_requests:
+        log.warning("event=requests_are_kept count=%d hint='with bodies and answers, in memory, for the admin scope: "
+                    "inspect_requests = 0'", settings.inspect_requests)  # fmt: skip
     if server.models is not None:
         server.models.cache = hub_cache(dict(os.environ)) if settings.hub_cache else None
         server.models.streams = settings.download_streams

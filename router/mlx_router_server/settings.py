@@ -223,6 +223,16 @@ class Settings:
     log_format: str = _setting(
         "text", kinds.one_of("text", "json"), "How lines are logged: for people, or as JSON, one object a line."
     )
+    log_file: str = _setting(
+        "", kinds.text, "A file for the log in place of standard error; five older ones of 10 MB are kept beside it."
+    )
+    log_prompts: bool = _setting(
+        False, kinds.boolean, "Log what clients send and what they are answered. Their secrets, too."
+    )
+    inspect_requests: int = _setting(
+        0, kinds.integer, "How many of the last requests are kept in memory with bodies and answers, for "
+        "/admin/requests; 0 keeps none.",
+    )  # fmt: skip
     models: dict[str, ModelSettings] = dataclasses.field(default_factory=dict)
     name_map: dict[str, str] = dataclasses.field(default_factory=dict)
     """Patterns of foreign names, with ``*``, to names of ours; the first that fits counts."""

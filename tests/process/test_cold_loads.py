@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import anthropic
 import ollama
 import openai
 import pytest
 
+from tests.support.events import EventStream
 from tests.support.fakes import fake_config
 from tests.support.http import call
-from tests.support.router import RouterProcess, running_router, wait_until
+from tests.support.router import running_router, wait_until
 from tests.support.sse import read_frames
 
 _SLOW_LOAD = {"load_seconds": 4.0, "tokens": 3}
@@ -95,44 +93,6 @@ def test_a_load_that_is_quick_gets_no_sign_of_life_and_its_errors_their_status(h
         assert reply.status == 500
 
 
-class _Events:
-    """A listener of /admin/events in a thread; ``seen`` grows."""
-
-    def __init__(self, router: RouterProcess, last: int | None = None) -> None:
-        import http.client
-
-        parts = urlsplit(router.url)
-        self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
-        self._connection.request("GET", "/admin/events", headers={} if last is None else {"Last-Event-ID": str(last)})
-        self._response = self._connection.getresponse()
-        self.seen: list[tuple[int, str, dict[str, Any]]] = []
-        self.ended = threading.Event()
-        assert self._response.readline() == b": alive\n", "it listens from here on"
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        number, kind = 0, ""
-        while line := self._response.readline():
-            name, _, value = line.decode().rstrip("\n").partition(": ")
-            if name == "id":
-                number = int(value)
-            elif name == "event":
-                kind = value
-            elif name == "data":
-                self.seen.append((number, kind, json.loads(value)))
-        self.ended.set()
-
-    def close(self) -> None:
-        assert self.ended.wait(10), "the router has ended the stream"
-        self._thread.join(10)
-        self._response.close()
-        self._connection.close()
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [data for _, seen, data in self.seen if seen == kind]
-
-
 @pytest.mark.req("R17", "R19")
 def test_stages_of_a_load_are_seen_in_status_and_events(home: Path) -> None:
     scripts: dict[str, dict[str, Any]] = {
@@ -143,7 +103,7 @@ def test_stages_of_a_load_are_seen_in_status_and_events(home: Path) -> None:
         running_router(home, *fake_config(home, scripts, max_loaded_models=1)) as router,
         ThreadPoolExecutor(1) as pool,
     ):
-        events = _Events(router)
+        events = EventStream(router)
         holding = router.client.stream("/api/generate", {"model": "a", "prompt": "go"})
         next(holding)
         answer = pool.submit(router.generate, "b")
@@ -174,7 +134,7 @@ def test_stages_of_a_load_are_seen_in_status_and_events(home: Path) -> None:
         (loaded,) = [e for e in events.of("loaded") if e["model"] == "b:latest"]
         assert [eviction["model"] for eviction in loaded["evictions"]] == ["a:latest"]
         last = events.seen[-1][0]
-        again = _Events(router, last - 3)
+        again = EventStream(router, last - 3)
         wait_until(lambda: len(again.seen) >= 3, "what was missed is told again")
         assert [number for number, _, _ in again.seen[:3]] == [last - 2, last - 1, last]
         router.process.terminate()

@@ -33,6 +33,7 @@ _CHOSEN: dict[str, Any] = {
     "allowed_hosts": ["router.example"],
     "download_allowlist": ["mlx-community/*"],
     "default_model": "demo",
+    "log_file": "/tmp/mlx-router-test/of-the-walk.log",
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 from mlx_router_server.dialects.statuses import for_the_public
 from mlx_router_server.lifecycle.events import StopWorker
 from mlx_router_server.lifecycle.memory import MemoryReading, Pressure
+from mlx_router_server.lifecycle.states import Cause
 from mlx_router_server.workers import reclaim as reclaim_module
 from mlx_router_server.workers.cgroup import CgroupMemory, read_cgroup_memory
 from mlx_router_server.workers.handle import StopReport
@@ -136,7 +137,7 @@ def test_what_other_workers_take_meanwhile_is_not_held_against_the_one_that_leav
     def others() -> int:
         return (100 + (taken_by_others if worker.exited.is_set() else 0)) * megabytes
 
-    effect = StopWorker(worker="w", reason="evicted")
+    effect = StopWorker(worker="w", cause=Cause.EVICTED, reason="evicted")
     timings = asyncio.run(reclaim_module.reclaim(worker, "a", effect, 1.0, others))  # type: ignore[arg-type]  # plays one
     assert timings.verdict == verdict
     assert timings.returned_bytes == taken_by_others * megabytes

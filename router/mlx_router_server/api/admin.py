@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -14,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_router_server.api.answer import load_only
 from mlx_router_server.api.disconnect import unless_client_leaves
-from mlx_router_server.api.happenings import HappeningStream
+from mlx_router_server.api.ring_stream import RingStream, last_event_id
 from mlx_router_server.api.server import Server, caller_of, read_body, server_of
 from mlx_router_server.api.wishes import read_wishes
 from mlx_router_server.dialects.body import convert, read_object
@@ -22,6 +23,8 @@ from mlx_router_server.lifecycle.memory import MemoryReading
 from mlx_router_server.lifecycle.states import State
 from mlx_router_server.lifecycle.views import ModelView, WaiterView
 from mlx_router_server.settings import shown_settings
+from mlx_router_server.telemetry.events import Happening
+from mlx_router_server.telemetry.logs import LogLine
 from mlx_router_server.version import __version__
 from mlx_router_server.workers.plan import Failure, WorkerView
 
@@ -245,9 +248,54 @@ async def config(request: Request) -> Response:
 
 async def events(request: Request) -> Response:
     """Server-sent events of everything that happens; ``Last-Event-ID`` continues where a client broke off."""
-    last = request.headers.get("last-event-id", "")
-    after = int(last) if last.isdigit() else None
-    return HappeningStream(server_of(request).supervisor.happenings, after)
+    ring = server_of(request).supervisor.happenings.ring
+    return RingStream(ring, last_event_id(request), lambda happening: (happening.kind, _told(happening)))
+
+
+def _told(happening: Happening) -> dict[str, Any]:
+    return {"at": happening.at, **happening.data}
+
+
+async def logs(request: Request) -> Response:
+    """The last lines of the log, of everything or of one model."""
+    ring = server_of(request).logs
+    is_wanted = await _line_filter(request)
+    lines = [
+        {"number": number, **_line(line)} for number, line in ring.since(last_event_id(request) or 0) if is_wanted(line)
+    ]
+    return _json({"lines": lines, "last": ring.next_number - 1})
+
+
+async def follow_logs(request: Request) -> Response:
+    """The same as they are logged, as server-sent events."""
+    is_wanted = await _line_filter(request)
+    ring = server_of(request).logs
+    return RingStream(ring, last_event_id(request), lambda line: ("line", _line(line)) if is_wanted(line) else None)
+
+
+async def _line_filter(request: Request) -> Callable[[LogLine], bool]:
+    name = request.query_params.get("model", "")
+    if not name:
+        return lambda line: True
+    entry = await server_of(request).resolve(name, caller_of(request))
+    names = frozenset({entry.runner, entry.name.display})
+    return lambda line: line.is_about(names)
+
+
+def _line(line: LogLine) -> dict[str, Any]:
+    return {"at": line.at, "level": line.level, "text": line.text}
+
+
+async def requests(request: Request) -> Response:
+    """The last requests, newest first, if they are kept."""
+    server = server_of(request)
+    found = [inspected.summary() for inspected in server.inspection.newest_first()]
+    return _json({"kept": server.settings.inspect_requests, "requests": found})
+
+
+async def one_request(request: Request) -> Response:
+    """One of them with headers, body and answer; keys are taken out."""
+    return _json(server_of(request).inspection.find(request.path_params["id"]).whole())
 
 
 async def _until_gone(server: Server, name: str) -> State:
@@ -271,4 +319,8 @@ def routes() -> list[BaseRoute]:
         Route("/admin/models/{name:path}/unpin", unpin, methods=["POST"]),
         Route("/admin/plan", plan, methods=["POST"]),
         Route("/admin/events", events),
+        Route("/admin/logs", logs),
+        Route("/admin/logs/stream", follow_logs),
+        Route("/admin/requests", requests),
+        Route("/admin/requests/{id}", one_request),
     ]

@@ -22,7 +22,9 @@ from starlette.types import Receive, Scope, Send
 from mlx_router_server.api.disconnect import ClientLeft, unless_client_leaves
 from mlx_router_server.api.download import Download, allowed_download
 from mlx_router_server.api.errors import error_response
+from mlx_router_server.api.figures import AnswerFigures
 from mlx_router_server.api.heartbeat import Heartbeat, beating
+from mlx_router_server.api.meter import note_model
 from mlx_router_server.api.overlay import apply_overlay
 from mlx_router_server.api.server import Server, caller_of, server_of
 from mlx_router_server.api.wishes import read_wishes
@@ -86,7 +88,9 @@ async def answer(request: Request, call: Call, style: AnswerStyle) -> Answer:
         if absent is None:
             raise
         return Answer(server, call, wishes, style, Download(server, absent, lambda: admit(request, call)))
-    return Answer(server, admitted, wishes, style, server.plan(entry))
+    plan = server.plan(entry)
+    note_model(request.scope, plan.spec.name)
+    return Answer(server, admitted, wishes, style, plan)
 
 
 class Answer:
@@ -104,6 +108,7 @@ class Answer:
         self._loaded = self._received
         self._begun = False
         self._heartbeat = Heartbeat()
+        self._figures = AnswerFigures()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -123,7 +128,7 @@ class Answer:
             if renderer is None:
                 plan = await self._plan()
                 async with self._server.door.acquire(plan, self._wishes, label=request_id) as lease:
-                    self._loaded = time.monotonic()
+                    self._begin_lease(lease)
                     await self._send_whole(lease, send)
             else:
                 await self._send_stream(renderer, request_id, send)
@@ -148,9 +153,14 @@ class Answer:
                 self._loaded - self._received,
             )
             happenings.tell(
-                "request_ended", request=request_id, model=self._name, outcome=outcome,
-                seconds=round(self._seconds(), 3), load_seconds=round(self._loaded - self._received, 3),
+                "request_ended", request=request_id, model=self._name, known=isinstance(self._planned, LoadPlan),
+                outcome=outcome, seconds=round(self._seconds(), 3),
+                load_seconds=round(self._loaded - self._received, 3), **self._figures.as_dict(self._received),
             )  # fmt: skip
+
+    def _begin_lease(self, lease: Lease) -> None:
+        self._loaded = time.monotonic()
+        self._figures.waited_seconds = lease.waited_seconds
 
     @property
     def _name(self) -> str:
@@ -194,7 +204,7 @@ class Answer:
             beating(self._heartbeat, self._server.settings.heartbeat_seconds, beat),
             self._server.door.acquire(await self._plan(), self._wishes, label=request_id) as lease,
         ):
-            self._loaded = time.monotonic()
+            self._begin_lease(lease)
             async with aclosing(self._events(lease)) as batches:
                 async for choice, events in batches:
                     moment = self._moment()
@@ -238,10 +248,12 @@ class Answer:
         if len(self._call.requests) > 1:
             async with aclosing(self._events_of_many(lease)) as batches:
                 async for choice, events in batches:
+                    self._figures.note(events)
                     yield choice, events
             return
         async with aclosing(self._events_of_one(lease, self._call.requests[0])) as single:
             async for events in single:
+                self._figures.note(events)
                 yield 0, events
 
     async def _events_of_one(self, lease: Lease, request: CanonicalRequest) -> AsyncGenerator[list[Event], None]:

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_router_server.api.errors import error_response
+from mlx_router_server.telemetry.logs import CURRENT_REQUEST
 from mlx_router_shared.errors import Forbidden
 
 __all__ = ["Edge", "is_loopback"]
@@ -73,6 +74,7 @@ class Edge:
         # One id under the names by which the SDKs of OpenAI and of Anthropic look for it.
         extra = {"x-request-id": request_id, "request-id": request_id}
         scope.setdefault("state", {})["request_id"] = request_id
+        CURRENT_REQUEST.set(request_id)
         if self._loopback and not _is_local_host(host) and not _is_listed(host, settings.allowed_hosts):
             await _refuse(scope, receive, send, extra, f"the Host header {host[:100]!r} is no name of this machine; "
                           "the setting allowed_hosts allows more")  # fmt: skip

@@ -26,6 +26,10 @@ from mlx_router_server.lifecycle.states import State
 from mlx_router_server.lifecycle.views import ModelView
 from mlx_router_server.management.models import Models
 from mlx_router_server.settings import ModelSettings, Settings
+from mlx_router_server.telemetry.inspection import Inspection
+from mlx_router_server.telemetry.logs import LogLine
+from mlx_router_server.telemetry.metrics import Metrics
+from mlx_router_server.telemetry.ring import Ring
 from mlx_router_server.workers.lease import Lease
 from mlx_router_server.workers.plan import LoadPlan, SupervisorOptions, Wishes
 from mlx_router_server.workers.supervisor import Supervisor
@@ -66,6 +70,9 @@ class Server:
     """None: there is no home folder to keep any in."""
     started_at: float = field(default_factory=time.time)
     responses: ResponseStore = field(default_factory=ResponseStore)
+    metrics: Metrics = field(default_factory=Metrics)
+    inspection: Inspection = field(default_factory=Inspection)
+    logs: Ring[LogLine] = field(default_factory=lambda: Ring(0))
     listings: dict[str, Listing] = field(default_factory=dict)
 
     @property

@@ -37,7 +37,10 @@ _BACKLOG = 2048
 
 def start(options: argparse.Namespace, settings: Settings) -> int:
     """Serve in the foreground until a signal comes; the second signal hastens."""
-    configure_logs(settings.log_level, settings.log_format)
+    try:
+        configure_logs(settings.log_level, settings.log_format, settings.log_file)
+    except OSError as error:
+        raise SettingsError(f"log_file {settings.log_file!r}: {error.strerror}") from None
     quiet_uvicorn()
     home = home_folder(dict(os.environ))
     _refuse_open_door(settings, home)

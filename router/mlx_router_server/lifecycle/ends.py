@@ -8,13 +8,13 @@ from mlx_router_server.lifecycle.backoff import FAILURES_BEFORE_GIVING_UP, pause
 from mlx_router_server.lifecycle.books import Books
 from mlx_router_server.lifecycle.events import CancelStreams, StopWorker, WorkerExited, WorkerFailed
 from mlx_router_server.lifecycle.record import ModelRecord
-from mlx_router_server.lifecycle.states import State
+from mlx_router_server.lifecycle.states import Cause, State
 from mlx_router_shared.errors import BackingOff
 
 __all__ = ["drain", "drain_limit_passed", "keep", "reclaimed", "stop", "worker_failed"]
 
 
-def stop(books: Books, record: ModelRecord, reason: str, now: float, *, hung: bool = False) -> None:
+def stop(books: Books, record: ModelRecord, cause: Cause, reason: str, now: float, *, hung: bool = False) -> None:
     """End its worker; whoever uses it is told by its streams, so nobody should."""
     assert record.worker is not None
     drained = now - record.since if record.state is State.DRAINING else 0.0
@@ -22,16 +22,19 @@ def stop(books: Books, record: ModelRecord, reason: str, now: float, *, hung: bo
     books.move(record, State.STOPPING, now)
     books.decided("stopping", record.spec.name, reason=reason, worker=record.worker)
     books.effects.append(
-        StopWorker(worker=record.worker, reason=reason, successor=record.evicted_for, drain_seconds=drained, hung=hung)
-    )
+        StopWorker(
+            worker=record.worker, cause=cause, reason=reason, successor=record.evicted_for, drain_seconds=drained,
+            hung=hung,
+        )
+    )  # fmt: skip
 
 
-def drain(books: Books, record: ModelRecord, reason: str, now: float, *, limit_seconds: float) -> None:
+def drain(books: Books, record: ModelRecord, cause: Cause, reason: str, now: float, *, limit_seconds: float) -> None:
     """Let running requests finish and begin no others; stops at once what nobody uses."""
     if not record.leases:
-        stop(books, record, reason, now)
+        stop(books, record, cause, reason, now)
         return
-    record.reason = reason
+    record.cause, record.reason = cause, reason
     record.drain_deadline = now + limit_seconds
     books.move(record, State.DRAINING, now)
     books.decided("draining", record.spec.name, reason=reason, in_flight=len(record.leases))
@@ -71,7 +74,7 @@ def worker_failed(books: Books, event: WorkerFailed | WorkerExited, now: float) 
         books.refuse_all(record, event.error)
         record.wanted = ""
         _wish_back_the_displaced(books, record)
-    stop(books, record, event.error.message, now, hung=isinstance(event, WorkerFailed) and event.hung)
+    stop(books, record, Cause.FAILURE, event.error.message, now, hung=isinstance(event, WorkerFailed) and event.hung)
 
 
 def _wish_back_the_displaced(books: Books, record: ModelRecord) -> None:

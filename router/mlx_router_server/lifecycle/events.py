@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mlx_router_server.lifecycle.limits import Limits
 from mlx_router_server.lifecycle.memory import MemoryReading
 from mlx_router_server.lifecycle.spec import ModelSpec, Share
-from mlx_router_server.lifecycle.states import State
+from mlx_router_server.lifecycle.states import Cause, State
 from mlx_router_shared.errors import MlxRouterError
 
 __all__ = [
@@ -249,6 +249,7 @@ class StopWorker:
     """Go down the stop ladder, then watch the memory come back."""
 
     worker: str
+    cause: Cause
     reason: str
     successor: str | None = None
     """The model that gets the room."""

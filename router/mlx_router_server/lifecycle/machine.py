@@ -43,7 +43,7 @@ from mlx_router_server.lifecycle.memory import MemoryReading, Pressure
 from mlx_router_server.lifecycle.queueing import BusyPolicy, Waiter
 from mlx_router_server.lifecycle.record import ModelRecord
 from mlx_router_server.lifecycle.spec import ModelSpec
-from mlx_router_server.lifecycle.states import State
+from mlx_router_server.lifecycle.states import Cause, State
 from mlx_router_server.lifecycle.views import LoadForecast, ModelView, WaiterView
 from mlx_router_shared.errors import (
     BackingOff,
@@ -284,7 +284,8 @@ class Lifecycle:
             record.expires_at = now + stays
             idle = record.state is State.READY and not record.leases and not record.queue
             if idle and record.leaves_when_idle:
-                ends.stop(self._books, record, event.reason, now)
+                cause = Cause.CLIENT if event.by_client else Cause.OPERATOR
+                ends.stop(self._books, record, cause, event.reason, now)
 
     @staticmethod
     def _forgive(record: ModelRecord) -> None:
@@ -317,7 +318,7 @@ class Lifecycle:
         idle = [r for r in books.in_state(State.READY) if not r.leases and not r.queue and not r.stays]
         if idle:
             victim = min(idle, key=lambda r: (r.load_seconds / max(r.reserved_bytes, 1), r.last_used))
-            ends.stop(books, victim, "the machine is short of memory", now)
+            ends.stop(books, victim, Cause.PRESSURE, "the machine is short of memory", now)
 
     # --------------------------------------------------------------------- time
 
@@ -330,7 +331,7 @@ class Lifecycle:
                 self._give_up_newcomer(newcomer, text, now)
         for record in books.in_state(State.READY):
             if now >= service.next_expiry(record):
-                ends.stop(books, record, "idle for its keep_alive", now)
+                ends.stop(books, record, Cause.IDLE, "idle for its keep_alive", now)
         for record in list(books.records.values()):
             self._refuse_late(record, now)
 
@@ -362,9 +363,10 @@ class Lifecycle:
             record.wanted = ""
             books.drop_if_unwanted(record, now)
             if record.state is State.READY:
-                ends.drain(books, record, _LEAVING, now, limit_seconds=books.limits.drain_timeout_seconds)
+                limit = books.limits.drain_timeout_seconds
+                ends.drain(books, record, Cause.SHUTDOWN, _LEAVING, now, limit_seconds=limit)
             elif record.loading:
-                ends.stop(books, record, _LEAVING, now)
+                ends.stop(books, record, Cause.SHUTDOWN, _LEAVING, now)
             elif record.state is State.DRAINING:
                 record.evicted_for = None
                 record.drain_deadline = now + books.limits.drain_timeout_seconds

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mlx_router_server.lifecycle.admission import Resident
 from mlx_router_server.lifecycle.queueing import Turn, WaitQueue
 from mlx_router_server.lifecycle.spec import ModelSpec
-from mlx_router_server.lifecycle.states import HOLDS_MEMORY, State
+from mlx_router_server.lifecycle.states import HOLDS_MEMORY, Cause, State
 from mlx_router_server.lifecycle.views import ModelView
 
 __all__ = ["ModelRecord"]
@@ -27,6 +27,8 @@ class ModelRecord:
     wanted: str = ""
     """Why it shall be loaded although nobody waits: preload, or restoring; empty when it need not."""
     reason: str = ""
+    cause: Cause = Cause.OPERATOR
+    """Why it drains; means nothing in other states."""
     pinned_by_operator: bool | None = None
 
     # while it has a worker

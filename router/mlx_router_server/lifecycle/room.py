@@ -21,7 +21,7 @@ from mlx_router_server.lifecycle.events import StartWorker
 from mlx_router_server.lifecycle.memory import Pressure
 from mlx_router_server.lifecycle.queueing import BusyPolicy
 from mlx_router_server.lifecycle.record import ModelRecord
-from mlx_router_server.lifecycle.states import State
+from mlx_router_server.lifecycle.states import Cause, State
 from mlx_router_shared.errors import MemoryPinned, MlxRouterError, ModelTooLarge
 
 __all__ = ["admit_queued", "give_up", "keep_what_nobody_needs_gone"]
@@ -153,7 +153,8 @@ def give_up(books: Books, record: ModelRecord, error: MlxRouterError, now: float
 def _evict(books: Books, victim: ModelRecord, newcomer: ModelRecord, now: float) -> None:
     victim.evicted_for = newcomer.spec.name
     newcomer.displaced.append(victim.spec.name)
-    drain(books, victim, f"evicted for {newcomer.spec.name}", now, limit_seconds=books.limits.drain_timeout_seconds)
+    limit = books.limits.drain_timeout_seconds
+    drain(books, victim, Cause.EVICTED, f"evicted for {newcomer.spec.name}", now, limit_seconds=limit)
 
 
 def keep_what_nobody_needs_gone(books: Books, now: float) -> None:

@@ -10,7 +10,7 @@ from mlx_router_server.lifecycle.ends import stop
 from mlx_router_server.lifecycle.events import Grant, SetShare, WorkerReady
 from mlx_router_server.lifecycle.queueing import Turn, Waiter
 from mlx_router_server.lifecycle.record import ModelRecord
-from mlx_router_server.lifecycle.states import State
+from mlx_router_server.lifecycle.states import Cause, State
 
 __all__ = ["lease_returned", "next_expiry", "rest", "serve", "worker_ready"]
 
@@ -73,7 +73,7 @@ def lease_returned(books: Books, ticket: str, now: float) -> None:
     if record.leases:
         return
     if record.state is State.DRAINING:
-        stop(books, record, record.reason, now)
+        stop(books, record, record.cause, record.reason, now)
     elif record.state is State.READY:
         rest(books, record, now)
 
@@ -83,7 +83,7 @@ def rest(books: Books, record: ModelRecord, now: float) -> None:
     record.idle_since = now
     record.expires_at = now + (0.0 if record.leaves_when_idle else record.keep_alive)
     if record.expires_at <= now and not record.queue:
-        stop(books, record, "keep_alive is 0", now)
+        stop(books, record, Cause.IDLE, "keep_alive is 0", now)
 
 
 def worker_ready(books: Books, event: WorkerReady, now: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final
 
-__all__ = ["HOLDS_MEMORY", "TRANSITIONS", "IllegalTransition", "State", "check_transition"]
+__all__ = ["HOLDS_MEMORY", "TRANSITIONS", "Cause", "IllegalTransition", "State", "check_transition"]
 
 
 class State(StrEnum):
@@ -29,6 +29,18 @@ class State(StrEnum):
     """A load failed; tried again when somebody asks after a pause."""
     FAILED = "failed"
     """Failed too often; tried again only after a long pause or when told to."""
+
+
+class Cause(StrEnum):
+    """Why a model leaves, in one word that can be counted; the sentence beside it says the rest."""
+
+    EVICTED = "evicted"
+    IDLE = "idle"
+    CLIENT = "client"
+    OPERATOR = "operator"
+    PRESSURE = "pressure"
+    FAILURE = "failure"
+    SHUTDOWN = "shutdown"
 
 
 TRANSITIONS: Final[dict[State, dict[State, str]]] = {

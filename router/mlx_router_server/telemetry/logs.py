@@ -1,16 +1,34 @@
-"""Log lines: an event name and key=value pairs, one line each, to standard error; or the same as JSON."""
+"""Log lines: an event name and key=value pairs, one line each, to standard error or a file; or the same as JSON.
+
+The last of them stay in memory, for those who ask the router for its log.
+"""
 
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import logging
+import logging.handlers
 import re
 import sys
+from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
-__all__ = ["configure_logs", "one_line", "quiet_uvicorn"]
+from mlx_router_server.telemetry.ring import Ring
+
+__all__ = ["LogLine", "LogRing", "configure_logs", "CURRENT_REQUEST", "one_line", "quiet_uvicorn"]
+
+_FILE_BYTES: Final = 10 * 2**20
+_FILES: Final = 5
+_KEPT: Final = 2000
+_LONGEST: Final = 8192  # characters of one line; whoever causes a line shall not fill a disk by it
+
+CURRENT_REQUEST: Final[ContextVar[str]] = ContextVar("request", default="")
+"""The id of the request that is being dealt with; every line that is logged meanwhile names it."""
 
 
 def one_line(text: str) -> str:
@@ -21,10 +39,20 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def _message(record: logging.LogRecord) -> str:
+    """With the id of the request that it belongs to."""
+    text = record.getMessage()
+    request = CURRENT_REQUEST.get()
+    if request and " request=" not in text:
+        text = f"{text} request={request}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
 class _OneLine(logging.Formatter):
     """Line breaks would let a request write log lines of its own, and escapes move the cursor of a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the standard library's name
+        record.message = _message(record)
         return one_line(super().formatMessage(record))
 
 
@@ -36,10 +64,10 @@ class _Json(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
         }
-        message = record.getMessage()
-        pairs = _PAIR.findall(message) if message.startswith("event=") else []
+        message = _message(record)
+        pairs = _pairs(message)
         if pairs:
-            line.update((name, _unquoted(value)) for name, value in pairs if name not in line)
+            line.update((name, value) for name, value in pairs.items() if name not in line)
         else:
             line["message"] = message
         if record.exc_info:
@@ -48,6 +76,15 @@ class _Json(logging.Formatter):
 
 
 _PAIR: Final = re.compile(r"""(\w+)=('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\S*)""")
+
+
+def _pairs(message: str) -> dict[str, str]:
+    if not message.startswith("event="):
+        return {}
+    found: dict[str, str] = {}
+    for name, value in _PAIR.findall(message):
+        found.setdefault(name, _unquoted(value))
+    return found
 
 
 def _unquoted(value: str) -> str:
@@ -61,13 +98,71 @@ def _unquoted(value: str) -> str:
     return value
 
 
-def configure_logs(level: str, form: str = "text") -> None:
-    """``form`` is ``text`` or ``json``."""
-    handler = logging.StreamHandler(sys.stderr)
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # which stream it is, nobody asks
+    """A class of our own, so that it is known again when the settings are read again."""
+
+
+class _File(logging.handlers.RotatingFileHandler):
+    """The same."""
+
+
+def configure_logs(level: str, form: str = "text", file: str = "") -> None:
+    """``form`` is ``text`` or ``json``; ``file`` takes the place of standard error, and is renamed to FILE.1 when it is
+    10 MB long, FILE.1 to FILE.2 and so on, up to five. Raises ``OSError`` when it cannot be written; then nothing has
+    changed."""
+    handler: logging.Handler
+    if file:
+        path = Path(file).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = _File(path, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8")
+    else:
+        handler = _Console(sys.stderr)
     handler.setFormatter(_Json() if form == "json" else _OneLine("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        if isinstance(old, _Console | _File):
+            root.removeHandler(old)
+            old.close()
+    root.addHandler(handler)
+    root.setLevel(level.upper())
 
 
 def quiet_uvicorn() -> None:
     """One line per request of ours says more than uvicorn's own."""
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogLine:
+    """One line of the log as readers of ``/admin/logs`` get it."""
+
+    at: float
+    """Wall clock, seconds since 1970."""
+    level: str
+    text: str
+
+    def is_about(self, models: frozenset[str]) -> bool:
+        """Whether it names one of them, as what it is about or as what wrote it."""
+        pairs = _pairs(self.text)
+        return pairs.get("model") in models or pairs.get("worker") in models
+
+
+class LogRing(logging.Handler):
+    """Belongs to one running application; takes lines from any thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loop = asyncio.get_running_loop()
+        self.ring: Ring[LogLine] = Ring(_KEPT)
+        self._plain = _OneLine("%(message)s")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = LogLine(at=record.created, level=record.levelname.lower(), text=self._plain.format(record))
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is self._loop:
+            self.ring.add(line)
+        elif not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.ring.add, line)

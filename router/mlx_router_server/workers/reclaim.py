@@ -42,6 +42,7 @@ async def reclaim(
         await asyncio.sleep(_POLL_SECONDS)
     timings = EvictionTimings(
         model=model,
+        cause=effect.cause,
         reason=effect.reason,
         drain_seconds=effect.drain_seconds,
         exit_seconds=report.exit_seconds,

@@ -13,6 +13,8 @@ class EvictionTimings:
     """How one model left: drain of its requests, exit of the process, reaping, memory seen to be back."""
 
     model: str
+    cause: str
+    """One word of ``lifecycle.states.Cause``."""
     reason: str
     drain_seconds: float
     exit_seconds: float
