@@ -35,9 +35,10 @@ def home_folder(environment: dict[str, str]) -> Path:
     """Where state and the configuration live: ``MLX_ROUTER_HOME``, else the platform's usual place."""
     if path := environment.get("MLX_ROUTER_HOME"):
         return Path(path).expanduser()
+    user = Path(environment.get("HOME") or Path.home())
     if sys.platform == "darwin":
-        return Path("~/Library/Application Support/mlx-router").expanduser()
-    return Path(environment.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "mlx-router"
+        return user / "Library" / "Application Support" / "mlx-router"
+    return Path(environment.get("XDG_CONFIG_HOME") or user / ".config").expanduser() / "mlx-router"
 
 
 def config_file(environment: dict[str, str], named: Path | None = None) -> Path:

@@ -23,6 +23,9 @@ from mlx_router_server.dialects import (
 )
 from mlx_router_server.dialects.options import HONOURED_OPTIONS, IGNORED_OPTIONS
 from mlx_router_server.lifecycle.states import TRANSITIONS, State
+from mlx_router_server.service.launchd import LABEL, Launchd
+from mlx_router_server.service.plan import ServicePlan
+from mlx_router_server.service.systemd import Systemd
 from mlx_router_server.settings import describe_settings
 from mlx_router_server.settings_layers import CONFIG_VERSION
 from mlx_router_shared import generation, protocol
@@ -205,6 +208,34 @@ def _example() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _units() -> dict[Path, str]:
+    """What `mlx-router service install` writes, for a user called ``me`` with the program in /opt/mlx-router."""
+    found = {}
+    for system in (False, True):
+        home, kind = "/home/me", "-system" if system else ""
+        found[ROOT / "configs" / f"mlx-router{kind}.service"] = Systemd(system=system, user_home=Path(home)).render(
+            _service_plan(Path(home), Path(home) / ".config" / "mlx-router", system=system)
+        )
+        home, kind = "/Users/me", "daemon" if system else "agent"
+        state = Path(home) / "Library" / "Application Support" / "mlx-router"
+        found[ROOT / "configs" / f"{LABEL}.{kind}.plist"] = Launchd(system=system, user_home=Path(home)).render(
+            _service_plan(Path(home), state, system=system)
+        )
+    return {path: unit.decode() for path, unit in found.items()}
+
+
+def _service_plan(user_home: Path, state: Path, *, system: bool) -> ServicePlan:
+    return ServicePlan(
+        command=("/opt/mlx-router/bin/python", "-P", "-m", "mlx_router_server", "start"),
+        environment={"MLX_ROUTER_HOME": str(state)},
+        home=state,
+        writable=(state, user_home / ".cache" / "huggingface"),
+        leave_seconds=340,
+        system=system,
+        user="me",
+    )
+
+
 def render(name: str) -> str:
     """The text of one rendered part."""
     to_worker, from_worker = get_args(protocol.ToWorker), get_args(protocol.FromWorker)
@@ -232,7 +263,7 @@ def render(name: str) -> str:
 
 def rendered_documents() -> dict[Path, str]:
     """Every document with rendered parts, as it has to be."""
-    found = {EXAMPLE: _example()}
+    found = {EXAMPLE: _example(), **_units()}
     for path in sorted((ROOT / "docs").glob("*.md")):
         text = path.read_text(encoding="utf-8")
         if _PART.search(text):

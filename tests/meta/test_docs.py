@@ -32,6 +32,8 @@ def test_the_documents_with_rendered_parts_are_there() -> None:
     names = {path.name for path in _DOCUMENTS}
     assert names == {
         "protocol.md", "states.md", "settings.md", "requirements.md", "fields.md", "conformance.md", EXAMPLE.name,
+        "mlx-router.service", "mlx-router-system.service", "org.mlx-router.server.agent.plist",
+        "org.mlx-router.server.daemon.plist",
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, urlsplit
@@ -20,13 +20,15 @@ __all__ = ["ApiError", "Client", "NoRouter", "connect"]
 _CONNECT_SECONDS = 5.0
 
 
-def connect(settings: Settings) -> Client:
+def connect(
+    settings: Settings, environment: Mapping[str, str] = os.environ, *, answer_seconds: float | None = None
+) -> Client:
     """A client for the router that the settings name. Its key is ``MLX_ROUTER_API_KEY``, or else the one by which this
     user's commands come in, which is told to nobody but this machine."""
-    key = os.environ.get("MLX_ROUTER_API_KEY", "")
+    key = environment.get("MLX_ROUTER_API_KEY", "")
     if not key and urlsplit(settings.url).hostname in ("127.0.0.1", "::1", "localhost"):
-        key = local_key(home_folder(dict(os.environ)))
-    return Client(settings.url, key)
+        key = local_key(home_folder(dict(environment)))
+    return Client(settings.url, key, answer_seconds)
 
 
 class NoRouter(Exception):
@@ -58,8 +60,10 @@ class _Shown:
 class Client:
     """Talks to one router; each call is one connection."""
 
-    def __init__(self, url: str, key: str = "") -> None:
+    def __init__(self, url: str, key: str = "", answer_seconds: float | None = None) -> None:
+        """``answer_seconds``: the longest silence; None waits, because an answer may take as long as a load does."""
         self.url = url
+        self._answer_seconds = answer_seconds
         self._key = key
         parts = urlsplit(url)
         self._host = parts.hostname or "127.0.0.1"
@@ -132,6 +136,25 @@ class Client:
             response.close()
             connection.close()
 
+    def events(self, path: str) -> Generator[tuple[str, dict[str, Any]], None, None]:
+        """Server-sent events with their kinds, until the router ends the stream; raises ``NoRouter`` when it breaks."""
+        connection, response = self._send("GET", path, None)
+        try:
+            if response.status != 200:
+                raise _api_error(response.status, response.read())
+            kind = ""
+            while line := response.readline():
+                name, _, value = line.decode().rstrip("\n").partition(": ")
+                if name == "event":
+                    kind = value
+                elif name == "data":
+                    yield kind, json.loads(value)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise NoRouter(f"the connection to {self.url} broke off: {error}") from None
+        finally:
+            response.close()
+            connection.close()
+
     def text(self, path: str) -> tuple[str, str]:
         """The body of whoever answers there, and its Server header."""
         connection, response = self._send("GET", path, None)
@@ -169,7 +192,7 @@ class Client:
             headers["authorization"] = f"Bearer {self._key}"
         try:
             connection.connect()
-            connection.sock.settimeout(None)  # an answer may take as long as a load does
+            connection.sock.settimeout(self._answer_seconds)
             connection.request(method, quote(path, safe="/:?=&"), data, headers)
             return connection, connection.getresponse()
         except (OSError, http.client.HTTPException) as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from mlx_router_server.access.keys import Scope
-from mlx_router_server.cli import completion, config, doctor, keys, manage, models, run, start
+from mlx_router_server.cli import completion, config, doctor, keys, logs, manage, models, run, service, start, top
 from mlx_router_server.cli.client import ApiError, NoRouter
 from mlx_router_server.settings import Settings, describe_settings, flags_of
 from mlx_router_server.settings_layers import SettingsError, load_settings
@@ -117,7 +117,17 @@ def build_parser() -> argparse.ArgumentParser:
     remove.add_argument("models", nargs="+", metavar="MODEL")
     remove.add_argument("--force", action="store_true", help="also files that another program put into the cache")
 
+    watch = _table(_client(commands.add_parser("top", help="what the router does now, once a second"), top.top))
+    watch.add_argument("--once", action="store_true", help="one look")
+    log = _table(
+        _client(commands.add_parser("logs", help="what the router logged, of everything or of MODEL"), logs.logs)
+    )
+    log.add_argument("model", nargs="?", default="", metavar="MODEL")
+    log.add_argument("-f", "--follow", action="store_true", help="go on with what comes")
+    log.add_argument("-n", "--lines", type=int, default=200, metavar="N", help="how many lines (default: 200)")
+
     _add_config(commands.add_parser("config", help="what is in force, and whether a file is right"))
+    _add_service(commands.add_parser("service", help="have the router start at login or boot, and be watched"))
     _add_keys(commands.add_parser("keys", help="keys that clients have to show"))
 
     _table(_common(commands.add_parser("doctor", help="look for what is wrong, and say how to mend it"))).set_defaults(
@@ -168,6 +178,34 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     schema = actions.add_parser("schema", help="the JSON schema of the file, for editors")
     for action, command in ((show, config.show), (check, config.check), (path, config.path), (schema, config.schema)):
         _client(action, command)
+
+
+def _add_service(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    texts = {
+        service.install: "write the unit, start it, see that it answers; the former one comes back when it does not",
+        service.uninstall: "end it and remove the unit",
+        service.start: "start it",
+        service.stop: "end it, and say so when all of it is gone",
+        service.restart: "end it and start it anew",
+        service.status: "whether it runs, and answers",
+        service.logs: "what it logged",
+    }
+    for command, text in texts.items():
+        action = actions.add_parser(command.__name__, help=text)
+        action.add_argument("--config", type=Path, metavar="FILE", help="configuration file")
+        action.add_argument("--system", action="store_true", help="a service of the machine, not of this user")
+        action.add_argument("--user", metavar="NAME", help="with --system: as whom it runs (default: who called sudo)")
+        action.add_argument("--manager", choices=("systemd", "launchd"), help="default: that of this platform")
+        action.set_defaults(command=command)
+        if command is service.install:
+            action.add_argument("--dry-run", action="store_true", help="print the unit, and do nothing")
+            action.add_argument("--no-sandbox", action="store_true",
+                                help="leave away what shuts the file system away (systemd)")  # fmt: skip
+        elif command is service.status:
+            _table(action)
+        elif command is service.logs:
+            action.add_argument("-f", "--follow", action="store_true", help="go on with what comes")
 
 
 def _add_keys(parser: argparse.ArgumentParser) -> None:

@@ -9,22 +9,16 @@ import sys
 import time
 from typing import Any
 
-import psutil
-
 from mlx_router_server.catalogue.aliases import SHIPPED
 from mlx_router_server.cli.client import ApiError, NoRouter, connect
+from mlx_router_server.cli.gone import footprint_of
 from mlx_router_server.cli.tables import ago, human_size, print_json, print_table, until
 from mlx_router_server.settings import Settings
 from mlx_router_server.version import __version__
-from mlx_router_server.workers.memory import machine_used_bytes, process_bytes
 
 __all__ = ["list_models", "load", "pin", "plan", "ps", "show", "status", "stop", "unload", "unpin", "version"]
 
 _NOT_RUNNING = ("unloaded", "backoff", "failed")
-_POLL_SECONDS = 0.02
-_BACK_SECONDS = 2.0
-_BACK_SHARE = 0.9
-_NOISE_BYTES = 64 * 2**20
 _PARTS = ("license", "modelfile", "parameters", "template", "system")
 _SHOWN_LINES = 4
 
@@ -245,8 +239,7 @@ def stop(options: argparse.Namespace, settings: Settings) -> int:
     except (ApiError, KeyError, TypeError):
         print(f"mlx-router: {client.url} is not an mlx-router; it is left alone", file=sys.stderr)
         return 1
-    processes = _processes([pid, *data["router"]["standby_pids"], *(m["pid"] for m in data["models"] if m["pid"])])
-    held, used = sum(process_bytes(process.pid) for process in processes), machine_used_bytes()
+    footprint = footprint_of(data)
     try:
         os.kill(pid, signal.SIGTERM)
     except (ProcessLookupError, PermissionError) as error:
@@ -254,46 +247,11 @@ def stop(options: argparse.Namespace, settings: Settings) -> int:
         return 1
     limit = options.timeout or settings.drain_timeout_seconds + settings.stop_timeout_seconds + 20
     began = time.monotonic()
-    while (alive := [process for process in processes if _lives(process)]) and time.monotonic() - began < limit:
-        time.sleep(_POLL_SECONDS)  # they are not our children: there is nothing to wait on
-    if alive:
-        left = ", ".join(str(process.pid) for process in alive)
-        print(f"mlx-router: still running after {limit:g} s: pid {left}", file=sys.stderr)
-        return 1
-    if missing := _memory_missing(held, used):
-        print(f"mlx-router: stopped, but {human_size(missing)} of memory are not back", file=sys.stderr)
+    if left := footprint.what_is_left(limit):
+        print(f"mlx-router: {left}", file=sys.stderr)
         return 1
     print(f"stopped (pid {pid}, {time.monotonic() - began:.1f} s)")
     return 0
-
-
-def _memory_missing(held: int, used_before: int) -> int:
-    """What the processes had and the machine did not get back, within the noise of other programs."""
-    wanted = int(held * _BACK_SHARE) - _NOISE_BYTES
-    began = time.monotonic()
-    while (returned := used_before - machine_used_bytes()) < wanted:
-        if time.monotonic() - began > _BACK_SECONDS:
-            return wanted - returned
-        time.sleep(_POLL_SECONDS)
-    return 0
-
-
-def _processes(pids: list[int]) -> list[psutil.Process]:
-    found = []
-    for pid in pids:
-        try:
-            found.append(psutil.Process(pid))
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-def _lives(process: psutil.Process) -> bool:
-    """A zombie has given everything back; only its parent has not looked yet."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def version(options: argparse.Namespace, settings: Settings) -> int:

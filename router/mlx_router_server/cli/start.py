@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -23,6 +24,9 @@ from mlx_router_server.api.server import Server
 from mlx_router_server.api.wire import WireLimits, guarded_protocol
 from mlx_router_server.app import create_app, reload
 from mlx_router_server.cli.client import Client, NoRouter
+from mlx_router_server.lifecycle.states import State
+from mlx_router_server.service.launchd import LABEL
+from mlx_router_server.service.notify import Notifier, activated_sockets
 from mlx_router_server.settings import Settings, flags_of
 from mlx_router_server.settings_layers import SettingsError, home_folder, load_settings
 from mlx_router_server.telemetry.logs import configure_logs, quiet_uvicorn
@@ -33,6 +37,8 @@ __all__ = ["start"]
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_STATUS_SECONDS = 10.0
+_ASKING_SECONDS = 3.0
 
 
 def start(options: argparse.Namespace, settings: Settings) -> int:
@@ -43,11 +49,13 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
         raise SettingsError(f"log_file {settings.log_file!r}: {error.strerror}") from None
     quiet_uvicorn()
     home = home_folder(dict(os.environ))
+    listeners = activated_sockets(os.environ)
+    settings = _where(settings, listeners)
     _refuse_open_door(settings, home)
-    listener = _listen(settings)
-    if listener is None:
+    listeners = listeners or _listen(settings)
+    if not listeners:
         return 1
-    host, port = listener.getsockname()[:2]
+    addresses = [_address(listener) for listener in listeners]
     app = create_app(settings, home)
 
     async def reload_settings() -> None:
@@ -70,20 +78,21 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
         timeout_graceful_shutdown=int(settings.drain_timeout_seconds) or None,
     )
     received: list[int] = []
-    server = _Server(config, app, received, reload_settings)
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    server = _Server(config, app, received, reload_settings, Notifier(os.environ))
     # From the first word on: a signal that comes before the loop runs must not be lost, or worse, be deadly.
     with server.capture_signals(), contextlib.suppress(KeyboardInterrupt):
-        print(f"mlx-router {__version__} listens on http://{address}", file=sys.stderr, flush=True)
-        server.run(sockets=[listener])
-    listener.close()
+        for address in addresses:
+            print(f"mlx-router {__version__} listens on {address}", file=sys.stderr, flush=True)
+        server.run(sockets=listeners)
+    for listener in listeners:
+        listener.close()
     if not server.started and not received:
         return 1
     inside: Server | None = getattr(app.state, "server", None)  # none when a signal came before there was anything
     if inside is not None and (left := inside.supervisor.left_behind):
         print(f"mlx-router: worker processes that could not be ended: {', '.join(map(str, left))}", file=sys.stderr)
         return 1
-    if received:
+    if received and os.environ.get("XPC_SERVICE_NAME") != LABEL:  # launchd would take it for a crash
         # The service manager sees the truth: ended by this signal, after an orderly shutdown.
         signal.signal(received[0], signal.SIG_DFL)
         os.kill(os.getpid(), received[0])
@@ -119,9 +128,12 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, app: Starlette, received: list[int], on_hangup: Callable[[], Awaitable[None]]
-    ) -> None:
+        self, config: uvicorn.Config, app: Starlette, received: list[int], on_hangup: Callable[[], Awaitable[None]],
+        notifier: Notifier,
+    ) -> None:  # fmt: skip
         super().__init__(config)
+        self._notifier = notifier
+        self._telling: asyncio.Task[None] | None = None
         self._app = app
         self._received = received
         self._on_hangup = on_hangup
@@ -133,13 +145,46 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        if self.started and self._notifier.wanted:
+            self._notifier.ready(self._words())
+            self._telling = asyncio.create_task(self._tell_alive(), name="service")
         if self._hung_up:
             self._hang_up()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self._telling is not None:
+            self._telling.cancel()
+
+    async def _tell_alive(self) -> None:
+        """While the owner of all models takes turns, and not just while this loop does."""
+        supervisor = self._app.state.server.supervisor
+        interval = self._notifier.watchdog_seconds / 4 or _STATUS_SECONDS
+        turns = -1
+        while True:
+            if supervisor.turns != turns:
+                turns = supervisor.turns
+                self._notifier.alive()
+                if not self.should_exit:
+                    self._notifier.status(self._words())
+            supervisor.nudge()
+            await asyncio.sleep(interval)
+
+    def _words(self) -> str:
+        server: Server = self._app.state.server
+        loaded = sum(view.state in (State.READY, State.DRAINING) for view in server.supervisor.views())
+        waiting = server.supervisor.waiting
+        return f"{len(server.catalogue.entries())} models, {loaded} loaded, {waiting} requests waiting"
+
+    async def _reload(self) -> None:
+        self._notifier.reloading()
+        await self._on_hangup()
+        self._notifier.ready(self._words())
 
     def _hang_up(self) -> None:
         """SIGHUP: read the settings again, one reading at a time, once the application is there."""
         if self.started and (self._reloading is None or self._reloading.done()):
-            self._reloading = asyncio.ensure_future(self._on_hangup())
+            self._reloading = asyncio.ensure_future(self._reload())
 
     @contextlib.contextmanager
     def capture_signals(self):  # type: ignore[no-untyped-def]  # uvicorn's own signature has no useful type
@@ -169,6 +214,7 @@ class _Server(uvicorn.Server):
         if server is None:
             return  # the signal came before there was anything to lead out
         if signals == 1:
+            self._notifier.stopping("finishing what runs")
             server.supervisor.begin_leaving()
         else:
             server.supervisor.hasten()
@@ -182,7 +228,25 @@ def _has_terminal() -> bool:
     return True
 
 
-def _listen(settings: Settings) -> socket.socket | None:
+def _where(settings: Settings, activated: list[socket.socket]) -> Settings:
+    """Sockets that a manager handed over count for what the settings say of the address."""
+    for listener in activated:
+        if listener.family != socket.AF_UNIX:
+            host, port = listener.getsockname()[:2]
+            origins = {**settings.origins, "host": "the service manager", "port": "the service manager"}
+            return dataclasses.replace(settings, host=host, port=port, origins=origins)
+    return settings
+
+
+def _address(listener: socket.socket) -> str:
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _listen(settings: Settings) -> list[socket.socket]:
+    """The one that the settings name; none when somebody else has it, which is said."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -192,15 +256,15 @@ def _listen(settings: Settings) -> socket.socket | None:
         listener.close()
         if error.errno == errno.EADDRINUSE:
             print(f"mlx-router: {_who_is_there(settings)}", file=sys.stderr)
-            return None
+            return []
         raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
     listener.listen(_BACKLOG)
     listener.set_inheritable(False)
-    return listener
+    return [listener]
 
 
 def _who_is_there(settings: Settings) -> str:
-    client = Client(settings.url)
+    client = Client(settings.url, answer_seconds=_ASKING_SECONDS)  # it may accept, and never say anything
     who = "another program"
     try:
         text, _ = client.text("/")

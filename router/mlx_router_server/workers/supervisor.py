@@ -95,6 +95,8 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._leaving = False
         self._stop_seconds = options.stop_timeout_seconds
+        self.turns = 0
+        """How often the owner has decided something: that it moves is the sign that the router lives."""
         self.kill_incidents = 0
         self.stranded_incidents = 0
         self.left_behind: list[int] = []
@@ -271,6 +273,10 @@ class Supervisor:
         self._post(LimitsChanged(limits=limits))
         self._refill_standby()
 
+    def nudge(self) -> None:
+        """Have the owner take a turn, so that ``turns`` moves if it can."""
+        self._post(Ticked())
+
     async def settled(self) -> None:
         """Until every event that was posted so far has been decided upon."""
         await self._events.join()
@@ -293,11 +299,12 @@ class Supervisor:
     async def _own(self) -> None:
         while True:
             deadline = self._lifecycle.next_deadline()
+            taken = True
             try:
                 async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._seconds_until(deadline)):
                     event = await self._events.get()
             except TimeoutError:
-                event = Ticked()
+                event, taken = Ticked(), False
             try:
                 if isinstance(event, WorkerFailed | WorkerExited):
                     self._note_failure(event)
@@ -306,7 +313,8 @@ class Supervisor:
             except Exception:
                 # A defect in one decision must not end all others; the state machine refuses what it does not know.
                 log.exception("event=lifecycle_error cause=%s", type(event).__name__)
-            if not isinstance(event, Ticked):
+            self.turns += 1
+            if taken:
                 self._events.task_done()
             self._wake()
 

@@ -1,0 +1,295 @@
+"""``mlx-router service``: the router as a service. A new unit has to work before the former one is given up."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from mlx_router_server.cli.client import ApiError, NoRouter, connect
+from mlx_router_server.cli.gone import Footprint, footprint_of
+from mlx_router_server.cli.tables import print_json
+from mlx_router_server.files import replace_file
+from mlx_router_server.service.launchd import Launchd
+from mlx_router_server.service.manager import Manager, ServiceError, Status, missing
+from mlx_router_server.service.plan import plan_service
+from mlx_router_server.service.systemd import Systemd
+from mlx_router_server.settings import Settings
+from mlx_router_server.settings_layers import load_settings
+
+__all__ = ["install", "logs", "restart", "start", "status", "stop", "uninstall"]
+
+_QUALIFY_SECONDS: Final = 120.0
+_GONE_SECONDS: Final = 15.0  # longer than launchd waits before it tries again
+_ASKING_SECONDS: Final = 3.0
+_POLL_SECONDS: Final = 0.2
+_NOT_RUNNING: Final = 3
+
+
+def install(options: argparse.Namespace, settings: Settings) -> int:
+    """Write the unit, start it, ask it something; put back what was there before when it does not answer."""
+    service = _Service(options)
+    unit = service.render()
+    if options.dry_run:
+        sys.stdout.buffer.write(unit)
+        return 0
+    return service.guarded(lambda: service.install(unit))
+
+
+def uninstall(options: argparse.Namespace, settings: Settings) -> int:
+    service = _Service(options)
+    return service.guarded(service.uninstall)
+
+
+def start(options: argparse.Namespace, settings: Settings) -> int:
+    service = _Service(options)
+    return service.guarded(service.start)
+
+
+def stop(options: argparse.Namespace, settings: Settings) -> int:
+    service = _Service(options)
+    return service.guarded(service.stop)
+
+
+def restart(options: argparse.Namespace, settings: Settings) -> int:
+    service = _Service(options)
+    return service.guarded(service.restart)
+
+
+def status(options: argparse.Namespace, settings: Settings) -> int:
+    service = _Service(options)
+    return service.guarded(lambda: service.status(as_json=options.json))
+
+
+def logs(options: argparse.Namespace, settings: Settings) -> int:
+    service = _Service(options)
+    return service.guarded(lambda: service.logs(follow=options.follow))
+
+
+class _Service:
+    """One command's view: whose service it is, who manages it, and the settings that it has."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._system: bool = options.system
+        caller = os.environ.get("SUDO_USER") if self._system else None
+        self._user: str = options.user or caller or getpass.getuser()
+        environment = dict(os.environ)
+        if self._system and self._user != getpass.getuser():
+            # The service is theirs, and so are the settings.
+            environment["HOME"] = _home_of(self._user)
+            environment.pop("XDG_CONFIG_HOME", None)
+        self._environment = environment
+        self._config: Path | None = options.config
+        self._sandbox = not getattr(options, "no_sandbox", False)
+        self._user_home = Path(environment.get("HOME") or Path.home())
+        self._settings = load_settings({}, environment, options.config)
+        self._manager = self._choose(options.manager)
+
+    def _choose(self, named: str | None) -> Manager:
+        kind = named or ("launchd" if sys.platform == "darwin" else "systemd")
+        return (Launchd if kind == "launchd" else Systemd)(system=self._system, user_home=self._user_home)
+
+    def guarded(self, work: Any) -> int:
+        """What goes wrong is one line."""
+        try:
+            if self._system and os.geteuid() != 0:
+                raise ServiceError("a service of the machine is the administrator's: put sudo before the command")
+            return int(work())
+        except (ServiceError, OSError) as error:
+            print(f"mlx-router: {error}", file=sys.stderr)
+            return 1
+
+    def render(self) -> bytes:
+        plan = plan_service(
+            self._settings, self._environment, self._config, system=self._system, user=self._user,
+            user_home=self._user_home, sandbox=self._sandbox,
+        )  # fmt: skip
+        self._home = plan.home
+        return self._manager.render(plan)
+
+    # ------------------------------------------------------------------ install
+
+    def install(self, unit: bytes) -> int:
+        manager, file = self._manager, self._manager.file
+        before = manager.status()
+        self._refuse_strangers(before)
+        if not self._home.is_dir():
+            self._home.mkdir(parents=True, mode=0o700)
+            if self._system:
+                shutil.chown(self._home, self._user)
+        former = file.read_bytes() if file.exists() else None
+        self._write(unit)
+        try:
+            manager.activate()
+            said = self._qualify()
+        except (ServiceError, KeyboardInterrupt) as error:
+            self._roll_back(former, before)
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            kept = "the former service is back" if former is not None else "nothing is left of it"
+            raise ServiceError(f"the service does not work, and {kept}: {reason}") from None
+        print(f"installed {file}")
+        print(f"{self._settings.url} answers{said}")
+        for hint in self._hints():
+            print(hint)
+        return 0
+
+    def _write(self, unit: bytes) -> None:
+        replace_file(self._manager.file, unit)
+        if self._system:
+            self._manager.file.chmod(0o644)
+
+    def _refuse_strangers(self, before: Status) -> None:
+        """Whoever answers at the address has to be the service itself, or what is seen there means nothing."""
+        pid = self._router_pid()
+        if pid is not None and pid != before.pid:
+            raise ServiceError(
+                f"another router answers at {self._settings.url} (pid {pid}): end it with `mlx-router stop` first"
+            )
+
+    def _router_pid(self) -> int | None:
+        try:
+            return int(self._client().get("/admin/status")["router"]["pid"])
+        except (NoRouter, ApiError, KeyError, TypeError, ValueError):
+            return None
+
+    def _client(self, answer_seconds: float = _ASKING_SECONDS) -> Any:
+        return connect(self._settings, self._environment, answer_seconds=answer_seconds)
+
+    def _qualify(self) -> str:
+        """Wait until the new service is ready, and have it answer. Returns what it was asked."""
+        seen = time.monotonic()
+        end = seen + _QUALIFY_SECONDS
+        while True:
+            found = self._manager.status()
+            if found.pid is not None:
+                seen = time.monotonic()
+            elif found.words.startswith("failed") or time.monotonic() - seen > _GONE_SECONDS:
+                words = " ".join(self._manager.logs(False))
+                raise ServiceError(f"it has ended, and is {found.words}; its last words are shown by `{words}`")
+            if found.pid is not None and self._router_pid() == found.pid and self._is_ready():
+                break
+            if time.monotonic() > end:
+                raise ServiceError(f"it is not ready after {_QUALIFY_SECONDS:g} s ({found.words})")
+            time.sleep(_POLL_SECONDS)
+        if not self._settings.demo_model:
+            return ", and is ready"
+        try:
+            body = {"model": "demo", "prompt": "Hello!", "stream": False}
+            answer = self._client(_QUALIFY_SECONDS).post("/api/generate", body)["response"]
+        except (ApiError, NoRouter, KeyError) as error:
+            raise ServiceError(f"its demo model does not answer: {error}") from None
+        if not answer.strip():
+            raise ServiceError("its demo model answers nothing")
+        return f", and its demo model says: {answer.strip().splitlines()[0][:60]}"
+
+    def _is_ready(self) -> bool:
+        try:
+            return bool(self._client().get("/ready")["ready"])
+        except (NoRouter, ApiError):
+            return False
+
+    def _roll_back(self, former: bytes | None, before: Status) -> None:
+        if former is None:
+            self._manager.forget()
+            return
+        self._write(former)
+        if before.running:
+            self._manager.activate()
+        else:
+            self._manager.stop()
+
+    def _hints(self) -> list[str]:
+        if self._manager.name != "systemd" or self._system or missing("loginctl"):
+            return []
+        done = subprocess.run(["loginctl", "show-user", self._user, "--property=Linger"], capture_output=True, text=True, check=False)  # fmt: skip  # noqa: E501
+        if done.stdout.strip() == "Linger=yes":
+            return []
+        return [f"it runs while {self._user} is logged in; for always: loginctl enable-linger {self._user}"]
+
+    # ------------------------------------------------------------------- the rest
+
+    def uninstall(self) -> int:
+        if not self._manager.file.exists():
+            raise ServiceError(f"there is no {self._manager.file}")
+        self._leave(self._manager.forget)
+        print(f"removed {self._manager.file}; settings and models are untouched")
+        return 0
+
+    def start(self) -> int:
+        self._must_be_installed()
+        self._refuse_strangers(self._manager.status())
+        self._manager.start()
+        print(f"{self._settings.url} answers{self._qualify()}")
+        return 0
+
+    def stop(self) -> int:
+        self._must_be_installed()
+        if not self._manager.status().running:
+            print("it does not run")
+            return 0
+        began = time.monotonic()
+        self._leave(self._manager.stop)
+        print(f"stopped ({time.monotonic() - began:.1f} s)")
+        return 0
+
+    def restart(self) -> int:
+        self._must_be_installed()
+        self._refuse_strangers(self._manager.status())
+        self._manager.restart()
+        print(f"{self._settings.url} answers{self._qualify()}")
+        return 0
+
+    def _must_be_installed(self) -> None:
+        if not self._manager.file.exists():
+            raise ServiceError("it is not installed: mlx-router service install")
+
+    def _leave(self, act: Any) -> None:
+        """Have it end, and say so only when all of its processes and their memory are gone."""
+        footprint: Footprint | None = None
+        try:
+            data = self._client().get("/admin/status")
+            if data["router"]["pid"] == self._manager.status().pid:
+                footprint = footprint_of(data)
+        except (NoRouter, ApiError, KeyError, TypeError):
+            pass  # then the manager's word is all there is
+        act()
+        if footprint is not None and (left := footprint.what_is_left(self._settings.stop_timeout_seconds + 20)):
+            raise ServiceError(left)
+
+    def status(self, *, as_json: bool) -> int:
+        found = self._manager.status()
+        answers = found.pid is not None and self._router_pid() == found.pid
+        data = {
+            "manager": self._manager.name, "unit": str(self._manager.file), "installed": found.installed,
+            "running": found.running, "state": found.words, "pid": found.pid, "url": self._settings.url,
+            "answers": answers,
+        }  # fmt: skip
+        if as_json:
+            print_json(data)
+        elif not found.installed:
+            print("it is not installed: mlx-router service install")
+        else:
+            pid = f", pid {found.pid}" if found.pid else ""
+            print(f"{found.words}{pid} ({self._manager.file})")
+            print(f"{self._settings.url} {'answers' if answers else 'does not answer as this service'}")
+        return 0 if found.running and answers else _NOT_RUNNING
+
+    def logs(self, *, follow: bool) -> int:
+        command = self._manager.logs(follow)
+        if missing(command[0]):
+            raise ServiceError(f"{command[0]} is not on this machine")
+        return subprocess.call(command)
+
+
+def _home_of(user: str) -> str:
+    try:
+        return pwd.getpwnam(user).pw_dir
+    except KeyError:
+        raise ServiceError(f"there is no user {user!r} on this machine") from None
