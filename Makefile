@@ -8,11 +8,12 @@ INSTALLED := $(VENV)/.installed
 CLIENTS := .venv-clients
 EXTRAS := .venv-extras
 AGENTS := .venv-agents
+UI := .venv-ui
 # A network of their own that holds nothing but loopback.
 LOOPBACK_ONLY := unshare --user --map-root-user --net sh -c 'ip link set lo up && exec sh -c "$$0"'
 # Installed once with everything that development needs; repeated when the project file changes.
 
-.PHONY: coverage count sbom test-versions record-open-webui docs screens help setup run test test-agents test-clients test-extras test-open-webui test-slow soak fuzz check lint types imports format bench bench-swaps demo-model clean
+.PHONY: coverage count sbom test-versions record-open-webui docs screens help setup run test test-agents test-clients test-extras test-open-webui test-slow test-ui soak fuzz check lint types imports format bench bench-swaps demo-model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +52,15 @@ $(EXTRAS)/.installed: pyproject.toml
 
 test-extras: $(EXTRAS)/.installed ## encoders, rerankers and vision, with the extras they need
 	$(EXTRAS)/bin/python -m pytest tests/extras
+
+$(UI)/.installed: pyproject.toml
+	.ci/chromium
+	$(PYTHON) -m venv $(UI)
+	$(UI)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,ui]'
+	touch $@
+
+test-ui: $(UI)/.installed ## the page in headless Chromium; SHOTS=docs/ui writes pictures
+	MLX_ROUTER_SHOTS=$(SHOTS) $(UI)/bin/python -m pytest --numprocesses 2 tests/ui
 
 $(AGENTS)/.installed: tests/agents/install.sh
 	PYTHON=$(PYTHON) tests/agents/install.sh $(AGENTS)

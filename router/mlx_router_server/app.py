@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from mlx_router_server.access.keys import KeyFileError, KeyRing, keys_file, local_key
-from mlx_router_server.api import admin, anthropic, errors, figures, manage, ollama, openai, responses
+from mlx_router_server.api import admin, anthropic, errors, figures, manage, ollama, openai, responses, ui
 from mlx_router_server.api.auth import Auth
 from mlx_router_server.api.edge import Edge
 from mlx_router_server.api.inspect import Inspector
@@ -41,7 +41,7 @@ __all__ = ["create_app", "create_app_from_environment", "reload"]
 
 log = logging.getLogger(__name__)
 
-_APIS: Final = (ollama, manage, openai, responses, anthropic, admin, figures)
+_APIS: Final = (ollama, manage, openai, responses, anthropic, admin, figures, ui)
 
 _KEYS_SECONDS: Final = 1.0
 _LAG_SECONDS: Final = 1.0

@@ -22,6 +22,7 @@ _OTHER = {
     "/ready", "/admin/status", "/admin/config", "/admin/models/{name:path}/load", "/admin/models/{name:path}/unload",
     "/admin/models/{name:path}/pin", "/admin/models/{name:path}/unpin", "/admin/plan", "/admin/events",
     "/admin/logs", "/admin/logs/stream", "/admin/requests", "/admin/requests/{id}", "/metrics",
+    "/ui", "/ui/{name}",
     "/v1/messages/count_tokens", "/v1/responses/input_tokens", "/v1/responses/{response_id}",
     "/v1/responses/{response_id}/input_items", "/api/status", "/api/me", "/api/signout", "/api/user/keys/{key}",
     "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs/{digest}",

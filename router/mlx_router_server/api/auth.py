@@ -1,4 +1,5 @@
-"""Keys on every route but three: the root that programs probe, and the two that say whether the router is there.
+"""Keys on every route but few: the root that programs probe, the two that say whether the router is there, and the
+files of the page, which asks for a key itself.
 
 Pure ASGI. Where there are no keys, everybody may do everything, on addresses of this machine only: a request that
 reached another address is refused, whoever started the server and however.
@@ -17,13 +18,14 @@ from mlx_router_server.access.keys import EVERYBODY, Caller, Scope
 from mlx_router_server.api.edge import is_loopback
 from mlx_router_server.api.errors import error_response
 from mlx_router_server.api.server import Server
+from mlx_router_server.api.ui import UI_PATHS
 from mlx_router_shared.errors import Forbidden, Unauthenticated
 
 __all__ = ["OPEN_PATHS", "SCOPES", "Auth", "scope_of"]
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS: Final = frozenset({"/", "/health", "/ready"})
+OPEN_PATHS: Final = frozenset({"/", "/health", "/ready"}) | UI_PATHS
 SCOPES: Final[dict[str, Scope]] = {
     "/api/pull": Scope.PULL,
     "/api/create": Scope.PULL,
