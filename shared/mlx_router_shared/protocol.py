@@ -77,6 +77,8 @@ class Load(Struct, frozen=True, kw_only=True, tag="load"):
     """A folder with a smaller model of the same tokens that guesses ahead; empty for none."""
     context_tokens: int
     """The longest prompt plus answer that may be admitted; the model's own limit if that is less."""
+    yields: bool = False
+    """Other models are answering now: rest after each portion of the weights for as long as it took to read."""
     parallel: int
     """How many requests are decoded at once; the others wait inside the worker."""
     warm_up_seconds: float = 60.0

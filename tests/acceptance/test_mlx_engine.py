@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from mlx_router_shared.generation import (
 )
 from mlx_router_shared.protocol import Load
 from mlx_router_worker.mlx_engine import MlxEngine
+from tests.tiny_models.random_model import make_random_model
 from tests.tiny_models.script import GREETING, LONG_STORY
 
 
@@ -53,6 +55,24 @@ def _play(engine: MlxEngine, out: dict[str, list[Event]], steps: int = 10_000) -
 
 def _text(events: list[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+@pytest.mark.req("R45")
+@pytest.mark.parametrize("yields", [False, True])
+def test_a_load_rests_while_others_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, yields: bool) -> None:
+    """After each portion, for as long as it took; the model is the same."""
+    rests: list[float] = []
+    monkeypatch.setattr("mlx_router_worker.mlx_base.time.sleep", rests.append)
+    model = make_random_model(tmp_path / "model", size_bytes=70_000_000)
+    engine = MlxEngine(lambda data: None)
+    fractions: list[float] = []
+    load = Load(model="m", path=str(model), context_tokens=128, parallel=1, yields=yields)
+    facts = engine.load(load, lambda stage, fraction: fractions.append(fraction))
+    engine.close()
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    assert (len(rests) > 2) == yields
+    assert sum(rests) <= facts.weights_seconds
 
 
 @pytest.mark.req("R16")

@@ -188,3 +188,16 @@ def test_a_load_that_burns_a_core_leaves_the_others_served(home: Path) -> None:
         assert loading.result(20)["done"] is True
         assert router.model("b")["pid"] == pid
         assert router.model("b")["loads"] == 1
+
+
+@pytest.mark.req("R45")
+def test_a_load_yields_to_those_who_answer_and_to_nobody_else(home: Path) -> None:
+    scripts: dict[str, dict[str, Any]] = {"busy": {"tokens": 100_000, "tokens_per_second": 50}, "b": {}, "c": {}}
+    with running_router(home, *fake_config(home, scripts)) as router:
+        router.generate("b")
+        assert router.model("b")["last_swap"]["yielded"] is False
+        stream = router.client.stream("/api/generate", {"model": "busy", "prompt": "go"})
+        next(stream)
+        router.generate("c")
+        assert router.model("c")["last_swap"]["yielded"] is True
+        stream.close()

@@ -18,6 +18,8 @@ __all__ = ["MlxBase"]
 
 _DEFAULT_CPU_CACHE: Final = 32 * 2**20  # MLX's own choice on Linux, where more is only lost
 _EVALUATE_BYTES: Final = 128 * 2**20
+_POLITE_BYTES: Final = 16 * 2**20
+_LONGEST_REST: Final = 0.5  # seconds; a slow disk needs no rest
 _DEFAULT_CONTEXT: Final = 4096
 
 
@@ -49,7 +51,7 @@ class MlxBase:
         # Spelt out: a tokenizer that wants to run code of its own is refused, and nobody is asked on standard input.
         trust = {"trust_remote_code": False}
         self._model, self._tokenizer = model, load_tokenizer(path, trust, eos_token_ids=config.get("eos_token_id"))
-        self._weights_bytes = self._evaluate(report)
+        self._weights_bytes = self._evaluate(report, yields=load.yields)
         self._weights_seconds = time.perf_counter() - started
         self._note_config(load, config)
         return config
@@ -62,9 +64,9 @@ class MlxBase:
         self._vocabulary = int(text_config.get("vocab_size") or len(self._tokenizer))
         self._wired_bytes = load.wired_limit_bytes
 
-    def _evaluate(self, report: Report) -> int:
-        """Read the weights in portions, so that progress can be told; the next is begun before the last is waited for.
-        Returns their bytes."""
+    def _evaluate(self, report: Report, *, yields: bool = False) -> int:
+        """Read the weights in portions, so that progress can be told; the next is begun before the last is waited for,
+        unless others shall have half of the memory's bandwidth. Returns their bytes."""
         arrays = [array for _, array in tree_flatten(self._model.parameters())]
         total = sum(array.nbytes for array in arrays)
         portions: list[list[mx.array]] = [[]]
@@ -72,14 +74,18 @@ class MlxBase:
         for array in arrays:
             portions[-1].append(array)
             size += array.nbytes
-            if size >= _EVALUATE_BYTES:
+            if size >= (_POLITE_BYTES if yields else _EVALUATE_BYTES):
                 portions.append([])
                 size = 0
         done = 0
-        mx.async_eval(portions[0])
         for portion, following in zip(portions, [*portions[1:], []], strict=True):
-            mx.async_eval(following)
+            began = time.perf_counter()
+            mx.async_eval(portion)
+            if not yields:
+                mx.async_eval(following)
             mx.eval(portion)
+            if yields:
+                time.sleep(min(time.perf_counter() - began, _LONGEST_REST))
             done += sum(array.nbytes for array in portion)
             report("weights", done / max(total, 1))
         return total

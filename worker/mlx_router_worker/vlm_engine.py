@@ -114,7 +114,7 @@ class VisionEngine(MlxEngine):
         config: dict[str, Any] = json.loads((Path(order.path) / "config.json").read_text(encoding="utf-8"))
         ends = self._processor.tokenizer.stopping_criteria.eos_token_ids
         self._tokenizer = load_tokenizer(Path(order.path), eos_token_ids=list(ends))
-        self._weights_bytes = self._evaluate(report)
+        self._weights_bytes = self._evaluate(report, yields=order.yields)
         self._weights_seconds = time.perf_counter() - started
         self._note_config(order, config)
         return config

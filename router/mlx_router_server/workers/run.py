@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _HELLO_SECONDS: Final = 120.0
 _FIRST_TOKEN_SECONDS: Final = 3.0
+_JUST_SECONDS: Final = 0.25
 _TOLD_STEP: Final = 0.05  # of a load, between two words about its progress
 
 
@@ -48,6 +49,7 @@ class Run:
     def __init__(
         self, effect: StartWorker, plan: LoadPlan, options: SupervisorOptions, evictions: list[EvictionTimings],
         post: Callable[[Event], None], happenings: Happenings, measurements: Measurements,
+        others_answer: Callable[[], bool],
     ) -> None:  # fmt: skip
         self.plan = plan
         self.handle: WorkerHandle | None = None
@@ -62,6 +64,7 @@ class Run:
         self._post = post
         self._happenings = happenings
         self._measurements = measurements
+        self._others_answer = others_answer
         self._load_seconds = 0.0
         self._loaded_bytes = 0
         self._told_fraction = -1.0
@@ -80,6 +83,7 @@ class Run:
             handle.on_exit = lambda: self._post(WorkerExited(worker=worker, error=WorkerDied(handle.exit_reason)))
             handle.on_loading = self._note_progress
             self._post(WorkerStarted(worker=worker))
+            self.timings.yielded = self._others_answer()
             began = time.monotonic()
             facts = await handle.load(self._load_message(), self._options.load_timeout_seconds)
             self.timings.ready_seen_seconds = max(time.time() - handle.ready_sent_at, 0.0)
@@ -137,6 +141,7 @@ class Run:
             draft_path=plan.draft,
             context_tokens=plan.context_tokens,
             parallel=plan.parallel,
+            yields=self.timings.yielded,
             warm_up_seconds=self._options.warm_up_timeout_seconds,
             memory_limit_bytes=self._share.memory_bytes,
             cache_limit_bytes=self._share.cache_bytes,
@@ -165,9 +170,10 @@ class Run:
         timings = self.timings
         log.info(
             "event=loaded model=%r waited=%.3f standby=%s spawn=%.3f import=%.3f weights=%.3f warm_up=%.3f "
-            "ready_seen=%.4f evicted=%d",
+            "ready_seen=%.4f evicted=%d yielded=%s",
             timings.model, timings.waited_seconds, timings.standby, timings.spawn_seconds, timings.import_seconds,
             timings.weights_seconds, timings.warm_up_seconds, timings.ready_seen_seconds, len(timings.evictions),
+            timings.yielded,
         )  # fmt: skip
         self._happenings.tell("loaded", **timings.as_dict())
 
@@ -207,6 +213,13 @@ class Run:
                 self.handle.send(message)
         except WorkerDied:
             pass  # its exit is on its way
+
+    def is_answering(self, now: float) -> bool:
+        """Whether it computes for somebody, or has just done so."""
+        handle = self.handle
+        if handle is None or self.loading:
+            return False
+        return bool(handle.unfinished_requests) or now - handle.progress_at < _JUST_SECONDS
 
     def check_progress(self, now: float, limit_seconds: float) -> None:
         """Report a worker that has work and does not get on with it."""

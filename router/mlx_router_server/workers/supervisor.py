@@ -372,10 +372,16 @@ class Supervisor:
     def _begin_run(self, effect: StartWorker) -> None:
         plan = self._plans[effect.model]
         evictions = self._evictions_for.pop(effect.model, [])
-        run = Run(effect, plan, self._options, evictions, self._post, self.happenings, self._measurements)
+        run = Run(
+            effect, plan, self._options, evictions, self._post, self.happenings, self._measurements, self._is_answering
+        )
         self._runs[effect.worker] = run
         self._last_swaps[effect.model] = run.timings
         self._spawn_task(self._live(run), f"run-{effect.worker}")
+
+    def _is_answering(self) -> bool:
+        """Whether any worker computes for somebody: now, or a moment ago, as it is between two turns."""
+        return any(run.is_answering(time.monotonic()) for run in self._runs.values())
 
     async def _live(self, run: Run) -> None:
         await run.live(self._standby, self._start_process)

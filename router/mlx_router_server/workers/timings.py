@@ -45,6 +45,8 @@ class SwapTimings:
     """For room: from the first request to the reservation."""
     evictions: list[EvictionTimings] = field(default_factory=list)
     standby: bool = False
+    yielded: bool = False
+    """It was read more slowly, because others were answering."""
     spawn_seconds: float = 0.0
     import_seconds: float = 0.0
     weights_seconds: float = 0.0
@@ -62,6 +64,7 @@ class SwapTimings:
             "model": self.model,
             "started_at": self.started_at,
             "standby": self.standby,
+            "yielded": self.yielded,
             **{name: None if value is None else round(value, 6) for name, value in values.items()},
             "evictions": [eviction.as_dict() for eviction in self.evictions],
         }
