@@ -13,7 +13,7 @@ UI := .venv-ui
 LOOPBACK_ONLY := unshare --user --map-root-user --net sh -c 'ip link set lo up && exec sh -c "$$0"'
 # Installed once with everything that development needs; repeated when the project file changes.
 
-.PHONY: coverage count sbom test-versions record-open-webui docs screens help setup run test test-agents test-clients test-extras test-open-webui test-slow test-ui soak fuzz check lint types imports format bench bench-swaps demo-model clean
+.PHONY: coverage count sbom test-versions record-open-webui docs screens help setup run test test-agents test-clients test-extras test-open-webui test-slow test-ui soak soak-day fuzz check lint types imports format bench bench-swaps demo-model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,9 @@ record-open-webui: $(INSTALLED) $(AGENTS)/.webui-installed ## write down anew wh
 
 soak: $(INSTALLED) ## ten minutes of chaos with real processes; MINUTES=10
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)
+
+soak-day: $(INSTALLED) ## a day's loads and idles in some minutes; LOADS=3000
+	$(BIN)/python -m tests.soak.day --loads $(or $(LOADS),3000)
 
 fuzz: $(INSTALLED) ## random and nearly right requests on every route; MINUTES=5
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),5)

@@ -15,6 +15,7 @@ from tests.bench.router_figures import crash, first_token, footprint, listing
 from tests.bench.structured import structured
 from tests.bench.swaps import alternate, alternating_calls
 from tests.bench.throughput import throughput
+from tests.bench.watching import watching
 from tests.tiny_models.random_model import make_random_model
 
 _MODELS: Final = {
@@ -32,6 +33,7 @@ def main() -> None:
             "footprint": footprint,
             "crash": crash,
             "listing": listing,
+            "watching": watching,
             "first_token": first_token,
             "readiness": lambda home: readiness(folder, home, small, 100),
             "cold_loads": lambda home: cold_loads(folder, home, {"random-64mb": 9, "random-1gb": 9}),

@@ -33,6 +33,7 @@ def machine_lines() -> list[str]:
 def write_report(found: dict[str, Any]) -> None:
     """All figures of one run; see ``tests.bench.__main__`` for what they are."""
     first, died, idle, lists = found["first_token"], found["crash"], found["footprint"], found["listing"]
+    watched = found["watching"]
     ready, resident = found["readiness"], found["resident"]
     made = found["structured"]
     swap, calls = found["alternate"], found["calls"]
@@ -133,6 +134,12 @@ def write_report(found: dict[str, Any]) -> None:
         f"| the same, worst of 20 | {died['max']:.1f} ms | 100 ms |",
         f"| `/api/tags` with 500 models, p50 and p99 of 1,000 | {lists['tags_p50']:.2f} ms, {lists['tags_p99']:.2f} ms | p99 5 ms |",
         f"| `/v1/models` with 500 models | {lists['models_p50']:.2f} ms, {lists['models_p99']:.2f} ms | p99 5 ms |",
+        f"| answers per second of {watched['streams']} streams on 3 scripted models with a scrape of `/metrics` a second, over without "
+        f"({watched['scraped']:.0f} over {watched['free']:.0f}, medians of rounds by turns; a scrape is {watched['scrape_bytes'] / 1000:.0f} kB) "
+        f"| {watched['ratio']:.3f} | 0.99 |",
+        f"| CPU of the router with {watched['readers']} readers of events and log, beyond that without "
+        f"({watched['cpu_watched']:.1%} over {watched['cpu_free']:.1%} of a core, five answers a second) "
+        f"| {watched['cpu_watched'] - watched['cpu_free']:.1%} | 5 % |",
         f"| start of the command to the first answer, median of 5 | {idle['start_s']:.2f} s | 0.8 s |",
         f"| resident memory of the router | {idle['rss_mb']:.0f} MB | 80 MB |",
         f"| CPU of the idle router over 20 s | {idle['cpu_percent']:.2f} % | about 0 % |",
