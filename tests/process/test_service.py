@@ -172,6 +172,15 @@ def test_a_router_that_runs_already_is_not_mistaken_for_the_service(machine: _Ma
         assert not machine.unit.exists()
 
 
+def test_a_port_that_somebody_holds_in_silence_is_told_at_once(home: Path) -> None:
+    """Whoever is there may accept connections and never answer one."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        port = silent.getsockname()[1]
+        done = command("start", "--port", str(port), home=home)
+    assert done.returncode == 1
+    assert f"port {port} is taken: another program answers" in done.stderr
+
+
 def test_the_unit_carries_settings_but_no_secret(machine: _Machine) -> None:
     shown = machine.run(
         "install", "--dry-run", MLX_ROUTER_KEEP_ALIVE="7m", OLLAMA_NUM_PARALLEL="3", HF_TOKEN="hf_secret",

@@ -90,7 +90,7 @@ class _Look:
 
         budget, reserved = router["budget_bytes"], router["reserved_bytes"]
         measured = sum({model["pid"]: model["memory_bytes"] for model in models if model["pid"]}.values())
-        used = round(_BAR * min(measured / max(budget, 1), 1))
+        used = max(round(_BAR * min(measured / max(budget, 1), 1)), bool(measured))  # a little is not nothing
         held = max(round(_BAR * min(reserved / max(budget, 1), 1)) - used, 0)
         bar = Text("█" * used, style="green") + Text("▒" * held, style="yellow") + Text("·" * (_BAR - used - held))
         words = f"  {human_size(measured)} used, {human_size(reserved)} reserved of {human_size(budget)}"
