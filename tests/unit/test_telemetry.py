@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from mlx_router_server.api.ring_stream import RingStream
 from mlx_router_server.lifecycle.states import Cause
 from mlx_router_server.telemetry.events import Happenings
 from mlx_router_server.telemetry.inspection import Inspected, Inspection
@@ -198,3 +200,29 @@ def test_of_a_long_body_the_beginning_is_kept_and_the_length() -> None:
         inspected.body.add(b"x" * 100_000)
     whole = inspected.whole()["body"]
     assert (whole["bytes"], whole["cut"], len(whole["text"])) == (500_000, True, 256 * 1024)
+
+
+@pytest.mark.parametrize(("after", "missed"), [(0, 3), (2, 1), (3, 0), (99, 3), (None, 0)])
+def test_a_stream_tells_how_much_its_reader_has_missed(after: int | None, missed: int) -> None:
+    """Of five items the ring has kept two; 99 is a number of a router from before."""
+
+    async def play() -> bytes:
+        ring: Ring[int] = Ring(2)
+        for item in range(1, 6):
+            ring.add(item)
+        ring.close()
+        body = b""
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            nonlocal body
+            body += message.get("body", b"")
+
+        await RingStream(ring, after, lambda item: ("item", {"value": item}))({"type": "http"}, receive, send)
+        return body
+
+    told = asyncio.run(play()).decode()
+    assert (f'event: missed\ndata: {{"count":{missed}}}\n\n' in told) == (missed > 0)
+    assert told.count("event: item") == (0 if after is None else 2)
