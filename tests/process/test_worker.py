@@ -23,7 +23,7 @@ from mlx_router_server.workers.run_directory import RunDirectory
 from mlx_router_shared.codec import encode
 from mlx_router_shared.errors import WorkerDied
 from mlx_router_shared.generation import Finish, GenerationRequest, Message, Role, Started, TextDelta
-from mlx_router_shared.protocol import Bootstrap, Hello, Load
+from mlx_router_shared.protocol import Bootstrap, Hello, Load, Loading
 from tests.support.fakes import write_fake
 
 _REQUEST = GenerationRequest(messages=[Message(role=Role.USER, content="go")])
@@ -74,6 +74,22 @@ def test_it_answers_while_it_loads_and_while_it_generates(tmp_path: Path) -> Non
             assert (await handle.get_stats(2)).steps > first.steps > 0
             assert first.streams == 1
             await stream.aclose()
+
+    _run(test)
+
+
+def test_progress_is_told_in_steps_however_often_an_engine_reports(tmp_path: Path) -> None:
+    """A router with more words to read than it can would see readiness late."""
+
+    async def test() -> None:
+        async with _worker(tmp_path, load_seconds=0.5, burn=True) as (handle, load):
+            await handle.wait_hello(10)
+            told: list[Loading] = []
+            handle.on_loading = told.append
+            await handle.load(load, 10)
+            weights = [message.fraction for message in told if message.stage == "weights"]
+            assert 2 < len(weights) <= 101
+            assert weights == sorted(weights)
 
     _run(test)
 

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 _EXIT_LOAD_FAILED = 1
 _EXIT_ENGINE_FAILED = 5
+_TOLD_STEP = 0.01  # of a stage, between two words about its progress
 _READ_MEMORY_EVERY = 32  # steps; a reading is cheap but not free
 
 
@@ -63,6 +64,7 @@ class ComputeLoop:
         self._progress = progress
         self._live: set[str] = set()
         self._loaded = False
+        self._told = "", 0.0
 
     def run(self) -> int:
         """Serve until ``Shutdown`` or a failure that ends the worker. Returns the exit status."""
@@ -118,7 +120,7 @@ class ComputeLoop:
             self._outlet.send(LoadFailed(code=ErrorCode.INTERNAL, message="this worker already has a model"))
             return _EXIT_LOAD_FAILED
         try:
-            facts = self._engine.load(command, lambda s, f: self._outlet.send(Loading(stage=s, fraction=f)))
+            facts = self._engine.load(command, self._report)
         except Exception as error:
             log.exception("event=load_failed model=%s", command.model)
             text = error.message if isinstance(error, MlxRouterError) else f"{type(error).__name__}: {error}"
@@ -131,6 +133,13 @@ class ComputeLoop:
         gc.freeze()  # a tokenizer's vocabulary is no garbage: the collector need not look through it again
         self._outlet.send(Ready(facts=facts, sent_at=time.time()))
         return None
+
+    def _report(self, stage: str, fraction: float) -> None:
+        """However often an engine tells how far it is, the router hears of steps that somebody could see."""
+        told_stage, told = self._told
+        if stage != told_stage or fraction - told >= _TOLD_STEP or fraction == 1.0:
+            self._told = stage, fraction
+            self._outlet.send(Loading(stage=stage, fraction=fraction))
 
     def _warm_up(self, limit_seconds: float) -> float:
         """Best effort: whatever happens in it, the model is ready afterwards. Returns the seconds it took.
