@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.support.router import RouterProcess, running_router
 
-__all__ = ["Audit", "audited_router"]
+__all__ = ["Audit", "audited_router", "noting"]
 
 _SPAWNS = {"subprocess.Popen", "os.posix_spawn", "os.exec", "os.system"}
 _WALKS = {"os.listdir", "os.scandir"}
@@ -20,10 +20,10 @@ _WALKS = {"os.listdir", "os.scandir"}
 
 @dataclass
 class Audit:
-    """What was noted from the last ``begin`` on, of the router's own process."""
+    """What was noted from the last ``begin`` on, of one process, or of all that write to the file."""
 
     file: Path
-    pid: int
+    pid: int | None
     offset: int = 0
 
     def begin(self) -> None:
@@ -35,7 +35,7 @@ class Audit:
             stream.seek(self.offset)
             lines = stream.read().decode("utf-8", "replace").splitlines()
         split = [line.split("\t", 2) for line in lines if line.count("\t") >= 2]
-        return [(kind, what) for pid, kind, what in split if pid == str(self.pid)]
+        return [(kind, what) for pid, kind, what in split if self.pid is None or pid == str(self.pid)]
 
     def spawned(self) -> list[str]:
         return [what for kind, what in self.events() if kind in _SPAWNS]
@@ -62,12 +62,16 @@ class Audit:
         return outside
 
 
+def noting(file: Path) -> dict[str, str]:
+    """Variables by which a Python process notes what it does."""
+    return {"PYTHONPATH": str(Path(__file__).parent / "audit"), "MLXR_AUDIT": str(file)}
+
+
 @contextmanager
 def audited_router(home: Path, *arguments: str, **more: Any) -> Iterator[tuple[RouterProcess, Audit]]:
     file = home / "audit"
     variables = {
-        "PYTHONPATH": str(Path(__file__).parent / "audit"),
-        "MLXR_AUDIT": str(file),
+        **noting(file),
         **more.pop("variables", {}),
     }
     with running_router(home, *arguments, variables=variables, **more) as router:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +22,11 @@ from mlx_router_server.catalogue.names import parse_name
 from mlx_router_server.settings import Settings
 from mlx_router_shared.errors import InvalidRequest
 from tests.process.test_names import body_for
-from tests.security.audited import Audit, audited_router
+from tests.security.audited import Audit, audited_router, noting
 from tests.support.command import command_on
 from tests.support.router import RouterProcess
 
+_ROOT = str(Path(__file__).parents[2])
 _NAMES = [
     "../../etc/passwd", "..", "../x", "a/../b", "/etc/passwd", "//etc/passwd", "~/x", "~root", "C:\\Windows\\x",
     "\\\\server\\share", "..\\..\\x", "%2e%2e%2fetc%2fpasswd", "..%2f..%2fetc", "a\x00b",
@@ -133,9 +136,13 @@ def test_a_name_is_only_ever_a_key(audited: tuple[RouterProcess, Audit], number:
 
 
 @pytest.mark.req("R32")
-def test_the_same_from_the_command_line(audited: tuple[RouterProcess, Audit]) -> None:
+@pytest.mark.timeout(240)
+def test_the_same_from_the_command_line(audited: tuple[RouterProcess, Audit], tmp_path: Path) -> None:
+    """Neither the router nor the command itself opens, starts or asks anything for such a name."""
     router, audit = audited
     audit.begin()
+    commands = Audit(tmp_path / "audit", None)
+    commands.file.touch()
     verbs = ("show", "pull", "rm", "load", "run", "unload", "pin", "unpin", "plan", "stop", "cp", "create")
     names = [name for name in _NAMES if "\x00" not in name and len(name) < 100_000]
     nasty = [name for name in names if not name.isprintable()][:3]
@@ -145,7 +152,8 @@ def test_the_same_from_the_command_line(audited: tuple[RouterProcess, Audit]) ->
     def run(asked: tuple[str, str]) -> None:
         verb, name = asked
         more = {"run": ["hi"], "cp": ["x"], "create": ["-f", "-"]}.get(verb, [])
-        done = command_on(router, verb, name, *more, text="FROM nosuch\n" if verb == "create" else "")
+        text = "FROM nosuch\n" if verb == "create" else ""
+        done = command_on(router, verb, name, *more, text=text, environment=noting(commands.file))
         assert done.returncode in (1, 2, 4), (verb, name, done.stdout, done.stderr)
         if done.returncode != 2:  # 2 is a complaint of argparse about a flag, with its usage
             assert done.stderr.count("\n") == 1, done.stderr
@@ -155,6 +163,19 @@ def test_the_same_from_the_command_line(audited: tuple[RouterProcess, Audit]) ->
         list(pool.map(run, calls))
     assert audit.spawned() == []
     assert audit.connected() == []
+    of_python = {os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, _ROOT)} | {
+        sys.prefix,
+        sys.base_prefix,
+    }
+    assert len(commands.events()) > len(calls), "they were listened to"
+    assert (
+        set(commands.opened_outside(*of_python, "/usr/lib/", "/proc/self/", "/nonexistent/"))
+        - {"/proc/stat", "/dev/null"}
+        == set()
+    )
+    assert commands.spawned() == []
+    port = urlsplit(router.url).port
+    assert [what for what in commands.connected() if str(port) not in what] == []
 
 
 @pytest.mark.req("R29")
