@@ -205,6 +205,12 @@ def test_the_unit_carries_settings_but_no_secret(machine: _Machine) -> None:
     assert not machine.unit.exists()
 
 
+def test_a_user_who_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    done = command("service", "status", "--system", "--user", "nobody-of-that-name", home=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "mlx-router: there is no user 'nobody-of-that-name' on this machine\n"
+
+
 def test_a_manager_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()

@@ -183,28 +183,28 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _add_service(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     texts = {
-        service.install: "write the unit, start it, see that it answers; the former one comes back when it does not",
-        service.uninstall: "end it and remove the unit",
-        service.start: "start it",
-        service.stop: "end it, and say so when all of it is gone",
-        service.restart: "end it and start it anew",
-        service.status: "whether it runs, and answers",
-        service.logs: "what it logged",
+        "install": "write the unit, start it, see that it answers; the former one comes back when it does not",
+        "uninstall": "end it and remove the unit",
+        "start": "start it",
+        "stop": "end it, and say so when all of it is gone",
+        "restart": "end it and start it anew",
+        "status": "whether it runs, and answers",
+        "logs": "what it logged",
     }
-    for command, text in texts.items():
-        action = actions.add_parser(command.__name__, help=text)
+    for name, text in texts.items():
+        action = actions.add_parser(name, help=text)
         action.add_argument("--config", type=Path, metavar="FILE", help="configuration file")
         action.add_argument("--system", action="store_true", help="a service of the machine, not of this user")
         action.add_argument("--user", metavar="NAME", help="with --system: as whom it runs (default: who called sudo)")
         action.add_argument("--manager", choices=("systemd", "launchd"), help="default: that of this platform")
-        action.set_defaults(command=command)
-        if command is service.install:
+        action.set_defaults(command=service.service, action=name)
+        if name == "install":
             action.add_argument("--dry-run", action="store_true", help="print the unit, and do nothing")
             action.add_argument("--no-sandbox", action="store_true",
                                 help="leave away what shuts the file system away (systemd)")  # fmt: skip
-        elif command is service.status:
+        elif name == "status":
             _table(action)
-        elif command is service.logs:
+        elif name == "logs":
             action.add_argument("-f", "--follow", action="store_true", help="go on with what comes")
 
 

@@ -24,7 +24,7 @@ from mlx_router_server.service.systemd import Systemd
 from mlx_router_server.settings import Settings
 from mlx_router_server.settings_layers import load_settings
 
-__all__ = ["install", "logs", "restart", "start", "status", "stop", "uninstall"]
+__all__ = ["service"]
 
 _QUALIFY_SECONDS: Final = 120.0
 _GONE_SECONDS: Final = 15.0  # longer than launchd waits before it tries again
@@ -33,44 +33,23 @@ _POLL_SECONDS: Final = 0.2
 _NOT_RUNNING: Final = 3
 
 
-def install(options: argparse.Namespace, settings: Settings) -> int:
-    """Write the unit, start it, ask it something; put back what was there before when it does not answer."""
-    service = _Service(options)
-    unit = service.render()
-    if options.dry_run:
-        sys.stdout.buffer.write(unit)
-        return 0
-    return service.guarded(lambda: service.install(unit))
-
-
-def uninstall(options: argparse.Namespace, settings: Settings) -> int:
-    service = _Service(options)
-    return service.guarded(service.uninstall)
-
-
-def start(options: argparse.Namespace, settings: Settings) -> int:
-    service = _Service(options)
-    return service.guarded(service.start)
-
-
-def stop(options: argparse.Namespace, settings: Settings) -> int:
-    service = _Service(options)
-    return service.guarded(service.stop)
-
-
-def restart(options: argparse.Namespace, settings: Settings) -> int:
-    service = _Service(options)
-    return service.guarded(service.restart)
-
-
-def status(options: argparse.Namespace, settings: Settings) -> int:
-    service = _Service(options)
-    return service.guarded(lambda: service.status(as_json=options.json))
-
-
-def logs(options: argparse.Namespace, settings: Settings) -> int:
-    service = _Service(options)
-    return service.guarded(lambda: service.logs(follow=options.follow))
+def service(options: argparse.Namespace, settings: Settings) -> int:
+    """What ``options.action`` names; what goes wrong is one line."""
+    try:
+        found = _Service(options)
+        match options.action:
+            case "install":
+                return found.install(dry_run=options.dry_run)
+            case "status":
+                return found.status(as_json=options.json)
+            case "logs":
+                return found.logs(follow=options.follow)
+        found.require_rights()
+        act = {"uninstall": found.uninstall, "start": found.start, "stop": found.stop, "restart": found.restart}
+        return act[options.action]()
+    except (ServiceError, OSError) as error:
+        print(f"mlx-router: {error}", file=sys.stderr)
+        return 1
 
 
 class _Service:
@@ -96,15 +75,10 @@ class _Service:
         kind = named or ("launchd" if sys.platform == "darwin" else "systemd")
         return (Launchd if kind == "launchd" else Systemd)(system=self._system, user_home=self._user_home)
 
-    def guarded(self, work: Any) -> int:
-        """What goes wrong is one line."""
-        try:
-            if self._system and os.geteuid() != 0:
-                raise ServiceError("a service of the machine is the administrator's: put sudo before the command")
-            return int(work())
-        except (ServiceError, OSError) as error:
-            print(f"mlx-router: {error}", file=sys.stderr)
-            return 1
+    def require_rights(self) -> None:
+        """Raise ``ServiceError`` for whoever may not change a service of the machine."""
+        if self._system and os.geteuid() != 0:
+            raise ServiceError("a service of the machine is the administrator's: put sudo before the command")
 
     def render(self) -> bytes:
         plan = plan_service(
@@ -116,7 +90,13 @@ class _Service:
 
     # ------------------------------------------------------------------ install
 
-    def install(self, unit: bytes) -> int:
+    def install(self, *, dry_run: bool) -> int:
+        """Write the unit, start it, ask it something; put back what was there before when it does not answer."""
+        unit = self.render()
+        if dry_run:
+            sys.stdout.buffer.write(unit)
+            return 0
+        self.require_rights()
         manager, file = self._manager, self._manager.file
         before = manager.status()
         self._refuse_strangers(before)
