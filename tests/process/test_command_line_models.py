@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from mlx_router_server.access.keys import Scope, keys_file, make_key, write_keys
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER
 from tests.support.command import command, command_on
 from tests.support.hub import running_hub
-from tests.support.router import RouterProcess, running_router
+from tests.support.router import RouterProcess, running_router, wait_until
 from tests.tiny_models.script import GREETING
 
 _REPO = "mlx-community/House-0.4M"
@@ -288,6 +289,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(router: RouterProcess, home
         screen.type("Hello!")
         screen.wait_for(GREETING)
         screen.wait_for(">>> ")
+        # Python's readline writes the prompt, then waits for a key, and looks for signals only when they interrupt
+        # that wait.
+        wait_until(
+            lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING, "the program waits for a key"
+        )
         os.killpg(process.pid, signal.SIGINT)
         screen.wait_for("/bye to leave")
         screen.type("/bye")
