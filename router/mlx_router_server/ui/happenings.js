@@ -3,10 +3,10 @@
 import { $, el, fill, seconds } from "./dom.js";
 
 const KEPT = 8;
-const COMING = [["waited_seconds", "wait", "s6"], ["spawn_seconds", "start", "s4"], ["import_seconds", "start", "s4"],
-  ["weights_seconds", "weights", "s1"], ["warm_up_seconds", "warm-up", "s3"]];
-const LEAVING = [["drain_seconds", "drain", "s2"], ["exit_seconds", "exit", "s5"], ["reap_seconds", "exit", "s5"],
-  ["memory_back_seconds", "memory back", "s7"]];
+const COMING = [["wait", "s6", ["waited_seconds"]], ["start", "s4", ["spawn_seconds", "import_seconds"]],
+  ["weights", "s1", ["weights_seconds"]], ["warm-up", "s3", ["warm_up_seconds"]]];
+const LEAVING = [["drain", "s2", ["drain_seconds"]], ["exit", "s5", ["exit_seconds", "reap_seconds"]],
+  ["memory back", "s7", ["memory_back_seconds"]]];
 
 const running = new Map();
 const ended = [];
@@ -16,9 +16,9 @@ export function onHappening(kind, data) {
   switch (kind) {
     case "request": running.set(data.request, data); drawRequests(); break;
     case "request_ended": running.delete(data.request); ended.unshift(data); ended.length = Math.min(ended.length, KEPT); drawRequests(); break;
-    case "loaded": swaps.unshift({ what: "in", model: data.model, stages: COMING.map(([key, name, kind]) => [name, data[key], kind]) }); drawSwaps(); break;
+    case "loaded": swaps.unshift({ what: "in", model: data.model, stages: stagesOf(COMING, data) }); drawSwaps(); break;
     case "unloaded": swaps.unshift({ what: "out", model: data.model, reason: data.reason, verdict: data.verdict,
-      stages: LEAVING.map(([key, name, kind]) => [name, data[key], kind]) }); drawSwaps(); break;
+      stages: stagesOf(LEAVING, data) }); drawSwaps(); break;
   }
 }
 
@@ -47,9 +47,14 @@ function drawSwaps() {
       `${swap.model} left in ${seconds(total(swap))}: ${swap.reason}${swap.verdict === "stranded" ? " (its memory was not seen to come back)" : ""}`;
     return el("li", { class: "swap" }, el("p", {}, words), bar);
   }), "none yet");
-  const names = new Map([...COMING, ...LEAVING].map(([, name, kind]) => [name, kind]));
+  const names = new Map([...COMING, ...LEAVING]);
   $("swap-legend").replaceChildren(...[...names].map(([name, kind]) =>
     el("div", {}, el("span", { class: `mark ${kind}`, "aria-hidden": "true" }), el("dt", {}, name))));
+}
+
+// Stages with their names, colours and seconds; one name may stand for more than one of the measured parts.
+function stagesOf(stages, data) {
+  return stages.map(([name, kind, keys]) => [name, keys.reduce((sum, key) => sum + (data[key] ?? 0), 0), kind]);
 }
 
 function total(swap) { return swap.stages.reduce((sum, [, value]) => sum + value, 0); }
