@@ -28,7 +28,7 @@ from mlx_router_server.lifecycle.events import (
 from mlx_router_server.lifecycle.keepalive import KeepAlive
 from mlx_router_server.lifecycle.memory import MemoryReading, Pressure, share_of
 from mlx_router_server.lifecycle.spec import ModelSpec
-from mlx_router_server.lifecycle.states import State
+from mlx_router_server.lifecycle.states import Cause, State
 from mlx_router_shared.errors import LoadFailed, WorkerDied
 from tests.unit.test_lifecycle import Bench, granted, refusals, started
 
@@ -176,6 +176,31 @@ def test_an_operator_unloads_a_locked_model_in_use_once_it_is_idle() -> None:
     bench.load("t1", "a", keep_alive=KeepAlive(default=math.inf, locked=True))
     assert bench.tell(UnloadRequested(model="a")) == []
     assert [type(effect) for effect in bench.tell(LeaseReturned(ticket="t1"))] == [StopWorker]
+
+
+@pytest.mark.parametrize(("by_client", "cause"), [(True, Cause.CLIENT), (False, Cause.OPERATOR)])
+def test_who_unloads_a_model_in_use_is_still_known_when_it_leaves(by_client: bool, cause: Cause) -> None:
+    bench = Bench()
+    bench.load("t1", "a")
+    bench.tell(UnloadRequested(model="a", reason="no longer needed", by_client=by_client))
+    (stop,) = bench.tell(LeaseReturned(ticket="t1"))
+    assert isinstance(stop, StopWorker)
+    assert (stop.cause, stop.reason) == (cause, "no longer needed")
+
+
+def test_an_unload_does_not_outlive_the_worker_that_was_told() -> None:
+    bench = Bench()
+    bench.load("t1", "a")
+    bench.tell(UnloadRequested(model="a", reason="no longer needed"))
+    (stop,) = bench.tell(LeaseReturned(ticket="t1"))
+    assert isinstance(stop, StopWorker)
+    bench.tell(WorkerReclaimed(worker=stop.worker))
+    bench.load("t2", "a")
+    assert bench.tell(LeaseReturned(ticket="t2")) == []
+    bench.now += 301
+    (stop,) = bench.tell(Ticked())
+    assert isinstance(stop, StopWorker)
+    assert (stop.cause, stop.reason) == (Cause.IDLE, "idle for its keep_alive")
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import math
 from mlx_router_server.lifecycle.backoff import FAILURES_BEFORE_GIVING_UP, pause_after
 from mlx_router_server.lifecycle.books import Books
 from mlx_router_server.lifecycle.events import CancelStreams, StopWorker, WorkerExited, WorkerFailed
-from mlx_router_server.lifecycle.record import ModelRecord
+from mlx_router_server.lifecycle.record import Departure, ModelRecord
 from mlx_router_server.lifecycle.states import Cause, State
 from mlx_router_shared.errors import BackingOff
 
-__all__ = ["drain", "drain_limit_passed", "keep", "reclaimed", "stop", "worker_failed"]
+__all__ = ["drain", "drain_limit_passed", "keep", "leave_idle", "reclaimed", "stop", "worker_failed"]
 
 
 def stop(books: Books, record: ModelRecord, cause: Cause, reason: str, now: float, *, hung: bool = False) -> None:
@@ -61,6 +61,14 @@ def keep(books: Books, record: ModelRecord, reason: str, now: float) -> None:
     books.decided("kept", record.spec.name, reason=reason)
 
 
+def leave_idle(books: Books, record: ModelRecord, now: float) -> None:
+    """Nobody uses it, and its keep-alive is over or it was told to leave before."""
+    told = record.told_to_leave
+    if told is None:
+        told = Departure(Cause.IDLE, "idle for its keep_alive" if record.keep_alive > 0 else "keep_alive is 0")
+    stop(books, record, told.cause, told.reason, now)
+
+
 def worker_failed(books: Books, event: WorkerFailed | WorkerExited, now: float) -> None:
     """A load went wrong, or a worker died or hangs. One that was ready is replaced for those who still wait."""
     record = books.by_worker.get(event.worker)
@@ -97,7 +105,8 @@ def reclaimed(books: Books, worker: str, now: float) -> None:
     record.worker, record.evicted_for, record.turn = None, None, None
     record.reserved_bytes = record.memory_bytes = 0
     record.keep_alive_seconds = record.expires_at = None
-    record.was_ready = record.failed = record.leaves_when_idle = False
+    record.was_ready = record.failed = False
+    record.told_to_leave = None
     record.drain_deadline = math.inf
     record.fraction = 0.0
     if failed and now < record.retry_at:

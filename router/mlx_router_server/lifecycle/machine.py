@@ -41,7 +41,7 @@ from mlx_router_server.lifecycle.forecast import expected_wait, forecast_load, r
 from mlx_router_server.lifecycle.limits import Limits
 from mlx_router_server.lifecycle.memory import MemoryReading, Pressure
 from mlx_router_server.lifecycle.queueing import BusyPolicy, Waiter
-from mlx_router_server.lifecycle.record import ModelRecord
+from mlx_router_server.lifecycle.record import Departure, ModelRecord
 from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.lifecycle.states import Cause, State
 from mlx_router_server.lifecycle.views import LoadForecast, ModelView, WaiterView
@@ -280,12 +280,12 @@ class Lifecycle:
         elif record.loading or record.state is State.READY:
             record.keep_alive_seconds = 0.0
             stays = record.keep_alive if event.by_client else 0.0
-            record.leaves_when_idle = stays <= 0
+            cause = Cause.CLIENT if event.by_client else Cause.OPERATOR
+            record.told_to_leave = Departure(cause, event.reason) if stays <= 0 else None
             record.expires_at = now + stays
             idle = record.state is State.READY and not record.leases and not record.queue
-            if idle and record.leaves_when_idle:
-                cause = Cause.CLIENT if event.by_client else Cause.OPERATOR
-                ends.stop(self._books, record, cause, event.reason, now)
+            if idle and record.told_to_leave:
+                ends.leave_idle(self._books, record, now)
 
     @staticmethod
     def _forgive(record: ModelRecord) -> None:
@@ -297,7 +297,7 @@ class Lifecycle:
         if record.expires_at is not None:
             record.expires_at = now + record.keep_alive
         if event.pinned:
-            record.leaves_when_idle = False
+            record.told_to_leave = None
 
     # ------------------------------------------------------------------- memory
 
@@ -331,7 +331,7 @@ class Lifecycle:
                 self._give_up_newcomer(newcomer, text, now)
         for record in books.in_state(State.READY):
             if now >= service.next_expiry(record):
-                ends.stop(books, record, Cause.IDLE, "idle for its keep_alive", now)
+                ends.leave_idle(books, record, now)
         for record in list(books.records.values()):
             self._refuse_late(record, now)
 

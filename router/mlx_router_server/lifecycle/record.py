@@ -11,9 +11,17 @@ from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.lifecycle.states import HOLDS_MEMORY, Cause, State
 from mlx_router_server.lifecycle.views import ModelView
 
-__all__ = ["ModelRecord"]
+__all__ = ["Departure", "ModelRecord"]
 
 _EWMA = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """Why a model leaves: a word to count and a sentence to read."""
+
+    cause: Cause
+    reason: str
 
 
 @dataclass(slots=True)
@@ -46,8 +54,8 @@ class ModelRecord:
     keep_alive_seconds: float | None = None
     """The duration of the last request that named one, since the load."""
     expires_at: float | None = None
-    leaves_when_idle: bool = False
-    """Told to leave as soon as nobody uses it, whatever its keep-alive."""
+    told_to_leave: Departure | None = None
+    """It goes as soon as nobody uses it, whatever its keep-alive."""
     failed: bool = False
     """The worker that is being stopped failed; says where to go once it is gone."""
     drain_deadline: float = math.inf
@@ -97,7 +105,7 @@ class ModelRecord:
         """From when on it may be asked to leave; infinite: not at all."""
         if self.state is not State.READY or self.stays:
             return math.inf
-        if self.leaves_when_idle:
+        if self.told_to_leave:
             return self.ready_at
         at = self.ready_at + min_residency_seconds
         if self.turn is not None:

@@ -6,11 +6,11 @@ import math
 from typing import Final
 
 from mlx_router_server.lifecycle.books import Books
-from mlx_router_server.lifecycle.ends import stop
+from mlx_router_server.lifecycle.ends import leave_idle, stop
 from mlx_router_server.lifecycle.events import Grant, SetShare, WorkerReady
 from mlx_router_server.lifecycle.queueing import Turn, Waiter
 from mlx_router_server.lifecycle.record import ModelRecord
-from mlx_router_server.lifecycle.states import Cause, State
+from mlx_router_server.lifecycle.states import State
 
 __all__ = ["lease_returned", "next_expiry", "rest", "serve", "worker_ready"]
 
@@ -81,9 +81,9 @@ def lease_returned(books: Books, ticket: str, now: float) -> None:
 def rest(books: Books, record: ModelRecord, now: float) -> None:
     """The model is idle: start its keep-alive, or let it go at once."""
     record.idle_since = now
-    record.expires_at = now + (0.0 if record.leaves_when_idle else record.keep_alive)
+    record.expires_at = now + (0.0 if record.told_to_leave else record.keep_alive)
     if record.expires_at <= now and not record.queue:
-        stop(books, record, Cause.IDLE, "keep_alive is 0", now)
+        leave_idle(books, record, now)
 
 
 def worker_ready(books: Books, event: WorkerReady, now: float) -> None:
