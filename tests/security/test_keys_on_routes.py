@@ -43,6 +43,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
         stored.append(key)
     write_keys(keys_file(home), stored)
     with running_router(home, "--standby-workers", "0") as router:
+        wait_until(lambda: call(router, "GET", "/ready").status == 200, "the models are known")
         yield router
 
 
