@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER
 from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest
@@ -169,6 +170,32 @@ def test_what_would_break_a_step_is_refused_before_it(
     with pytest.raises(error):
         engine.submit("bad", request_)
     assert engine.streams == 0
+
+
+def test_ids_that_the_model_has_and_its_tokenizer_has_not(tmp_path: Path) -> None:
+    """Refused from outside; drawn by the model itself they are no text, and break no step."""
+    folder = make_random_model(tmp_path / "wide", size_bytes=2_000_000, padding=3000)
+    engine = MlxEngine(lambda data: None)
+    engine.load(Load(model="wide", path=str(folder), context_tokens=512, parallel=4), lambda *stage: None)
+    known = len(AutoTokenizer.from_pretrained(folder))
+    for request in (
+        GenerationRequest(prompt_tokens=[5, known], echo=True, top_logprobs=1, max_tokens=1),
+        _ask("hi", sampling=Sampling(logit_bias={known: 100.0})),
+    ):
+        with pytest.raises(InvalidRequest, match="token id outside"):
+            engine.submit("refused", request)
+    out: dict[str, list[Event]] = {}
+    engine.submit("score", GenerationRequest(prompt="word", echo=True, top_logprobs=20, max_tokens=1))
+    for seed in range(3):
+        engine.submit(f"draw{seed}", GenerationRequest(prompt="word", sampling=Sampling(seed=seed, temperature=1.0),
+                                                       top_logprobs=20, max_tokens=40))  # fmt: skip
+    _play(engine, out)
+    engine.close()
+    drawn = [
+        token for events in out.values() for event in events if isinstance(event, Logprobs) for token in event.tokens
+    ]
+    assert any(token.data == b"" for token in drawn), "some of them were drawn"
+    assert all(any(isinstance(event, Finish) for event in events) for events in out.values())
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,13 @@ def make_random_model(
     more_markers: tuple[str, ...] = (),
     vocabulary: int = VOCABULARY,
     more_texts: Iterable[str] = (),
+    padding: int = 0,
 ) -> Path:
     """Write a model of about ``size_bytes`` of weights into ``folder`` and return the folder.
 
     ``bits=0`` gives bfloat16; otherwise affine quantisation in groups of 64 with float32 scales, because a quantised
-    matmul in half precision is 8 to 40 times slower on a CPU.
+    matmul in half precision is 8 to 40 times slower on a CPU. ``padding``: rows of its matrices beyond the tokenizer's
+    table, as large models have them.
     """
     tokenizer = build_tokenizer(folder, chat_template, more_markers, vocabulary, more_texts)
     dtype = "float32" if bits else "bfloat16"
@@ -65,6 +67,7 @@ def make_random_model(
         architecture, tokenizer, hidden=hidden, layers=layers, intermediate=3 * hidden, heads=heads,
         kv_heads=kv_heads, head_dim=head_dim, context=context, dtype=dtype,
     )  # fmt: skip
+    config["vocab_size"] += padding
     model = new_model(config, seed)
     model.set_dtype(getattr(mx, dtype))
     if bits:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mlx_router_shared.generation import Event, Message, ReasoningDelta, Role, TextDelta, Tool, ToolCall, ToolCallDone
 from mlx_router_worker.text.answer import AnswerBuilder
-from mlx_router_worker.text.prompt import drop_oldest, merge_system, template_messages, template_tools
+from mlx_router_worker.text.prompt import droppable, merge_system, template_messages, template_tools, without
 from mlx_router_worker.text.stop_strings import StopStrings
 
 
@@ -136,7 +136,15 @@ def test_the_oldest_turn_goes_first_and_the_last_never() -> None:
         _message("tool", "r"),
         _message("user", "last"),
     ]
-    shorter = drop_oldest(messages)
-    assert shorter is not None
+    assert droppable(messages) == [(1, 3)], "a call with its result"
+    shorter = without(messages, [(1, 3)])
     assert [m.content for m in shorter] == ["s", "last"]
-    assert drop_oldest(shorter) is None
+    assert droppable(shorter) == []
+    assert without(messages, []) == messages
+
+
+def test_turns_between_which_the_system_speaks_are_left_out_one_by_one() -> None:
+    messages = [_message(*turn) for turn in (("user", "1"), ("system", "s"), ("assistant", "2"), ("user", "3"))]
+    turns = droppable(messages)
+    left = [[m.content for m in without(messages, turns[:count])] for count in range(len(turns) + 1)]
+    assert left == [["1", "s", "2", "3"], ["s", "2", "3"], ["s", "3"]]

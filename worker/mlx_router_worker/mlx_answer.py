@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -101,7 +102,8 @@ class AnswerStream:
         new = not ended and not told_early  # the token that ends a turn is not part of its text
         if new:
             self.tokens += 1
-            self.detokenizer.add_token(drawn.token)
+            with suppress(IndexError):  # an id that the model has and its tokenizer has not: no text
+                self.detokenizer.add_token(drawn.token)
         if self.context is not None and not told_early:
             self.context.append(drawn.token)
         pieces = self._cut(drawn.finish_reason is not None)

@@ -50,6 +50,7 @@ from mlx_router_worker.text.guide import Guide, Markers
 from mlx_router_worker.text.prompt import template_tools
 from mlx_router_worker.text.renderer import PromptRenderer, is_chat
 from mlx_router_worker.text.schemas import answer_grammar, call_grammar
+from mlx_router_worker.text.token_bytes import is_token
 
 __all__ = ["PREFILL_TOKENS", "MlxEngine", "Prompt"]
 
@@ -185,7 +186,9 @@ class MlxEngine(MlxBase):
         budget = request.max_tokens if request.max_tokens is not None else room
         sampling = first_said(request.sampling, self._generation_config, request.sampling_defaults)
         sampler = self._samplers.get(sampling)
-        processors: list[Any] = processors_for(sampling, self._context_tokens, self._vocabulary)
+        processors: list[Any] = processors_for(
+            sampling, self._context_tokens, lambda token: is_token(self._tokenizer, token, self._vocabulary)
+        )
         if budget <= 0:
             usage = Usage(prompt_tokens=len(tokens), completion_tokens=0)
             context = [ContextTokens(tokens=tokens)] if request.wants_context else []

@@ -68,14 +68,12 @@ def _make_sampler(temperature: float, top_p: float, top_k: int, min_p: float, *,
     return sample
 
 
-def processors_for(sampling: Sampling, context_tokens: int, vocabulary: int) -> list[Processor]:
+def processors_for(sampling: Sampling, context_tokens: int, is_token: Callable[[int], bool]) -> list[Processor]:
     """Penalties and biases; an empty list costs nothing. Raises ``InvalidRequest`` for an unknown token id."""
     last = 64 if sampling.repeat_last_n is None else sampling.repeat_last_n
     size = context_tokens if last < 0 else last
-    if any(not 0 <= token < vocabulary for token in sampling.logit_bias):
-        raise InvalidRequest(
-            f"logit_bias names a token id outside of this model's vocabulary of {vocabulary}", param="logit_bias"
-        )
+    if not all(is_token(token) for token in sampling.logit_bias):
+        raise InvalidRequest("logit_bias names a token id outside of this model's vocabulary", param="logit_bias")
     repeat = None if sampling.repeat_penalty in (None, 1.0) else sampling.repeat_penalty
     processors: list[Processor] = make_logits_processors(
         logit_bias=sampling.logit_bias or None,

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_router_shared.generation import Message, Role, Tool
 
-__all__ = ["drop_oldest", "merge_system", "template_messages", "template_tools"]
+__all__ = ["droppable", "merge_system", "template_messages", "template_tools", "without"]
 
 
 def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
@@ -90,17 +90,29 @@ def merge_system(messages: list[Message]) -> list[Message]:
     return merged
 
 
-def drop_oldest(messages: list[Message]) -> list[Message] | None:
-    """The conversation without its oldest turn that is not a system turn; None when only the last is left.
+def droppable(messages: list[Message]) -> list[tuple[int, int]]:
+    """Where the turns lie that may be left out, oldest first; neither a system turn nor the last turn is among them.
 
     A call and its results go together: a result without its call is refused by templates.
     """
     last = len(messages) - 1
-    for at, message in enumerate(messages):
-        if message.role is Role.SYSTEM:
-            continue
+    turns: list[tuple[int, int]] = []
+    at = 0
+    while at < last:
         end = at + 1
-        while end < last and messages[end].role is Role.TOOL:
-            end += 1
-        return messages[:at] + messages[end:] if end <= last else None
-    return None
+        if messages[at].role is not Role.SYSTEM:
+            while end < last and messages[end].role is Role.TOOL:
+                end += 1
+            turns.append((at, end))
+        at = end
+    return turns
+
+
+def without(messages: list[Message], turns: list[tuple[int, int]]) -> list[Message]:
+    """The conversation without some of its turns."""
+    kept: list[Message] = []
+    at = 0
+    for begin, end in turns:
+        kept += messages[at:begin]
+        at = end
+    return kept + messages[at:]

@@ -11,7 +11,8 @@ from typing import Any
 from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, UnsupportedCapability
 from mlx_router_shared.generation import GenerationRequest, Message
 from mlx_router_shared.infill import infill_format
-from mlx_router_worker.text.prompt import drop_oldest, merge_system, template_messages, template_tools
+from mlx_router_worker.text.prompt import droppable, merge_system, template_messages, template_tools, without
+from mlx_router_worker.text.token_bytes import is_token
 
 __all__ = ["PromptRenderer", "is_chat"]
 
@@ -22,7 +23,7 @@ def is_chat(request: GenerationRequest) -> bool:
 
 
 class PromptRenderer:
-    """Knows one tokenizer. ``context_tokens`` is the longest prompt plus answer, ``vocabulary`` the number of ids."""
+    """Knows one tokenizer. ``context_tokens`` is the longest prompt plus answer, ``vocabulary`` the model's ids."""
 
     def __init__(self, tokenizer: Any, context_tokens: int, vocabulary: int) -> None:
         self._tokenizer = tokenizer
@@ -53,17 +54,16 @@ class PromptRenderer:
     def _shortened(self, request: GenerationRequest, limit: int) -> tuple[list[Message], list[int]]:
         """The longest end of the conversation that fits, or its last turn. Found by halving: each try is a rendering of
         its own, and other requests wait for it."""
-        shorter = [request.messages]
-        while (more := drop_oldest(shorter[-1])) is not None:
-            shorter.append(more)
-        low, high = 0, len(shorter) - 1
+        turns = droppable(request.messages)
+        low, high = 0, len(turns)
         while low < high:
             middle = (low + high) // 2
-            if len(self._tokens(request, shorter[middle])) < limit:
+            if len(self._tokens(request, without(request.messages, turns[:middle]))) < limit:
                 high = middle
             else:
                 low = middle + 1
-        return shorter[low], self._tokens(request, shorter[low])
+        messages = without(request.messages, turns[:low])
+        return messages, self._tokens(request, messages)
 
     def count(self, request: GenerationRequest) -> tuple[int, str]:
         """The number of tokens of the whole prompt, and its text; does not mind whether it fits."""
@@ -85,10 +85,8 @@ class PromptRenderer:
         return prefix + list(self._tokenizer.encode(known.prompt(request.prompt, request.suffix)))
 
     def _checked(self, tokens: list[int], param: str) -> list[int]:
-        if any(not 0 <= token < self._vocabulary for token in tokens):
-            raise InvalidRequest(
-                f"the {param} holds a token id outside of this model's vocabulary of {self._vocabulary}", param=param
-            )
+        if not all(is_token(self._tokenizer, token, self._vocabulary) for token in tokens):
+            raise InvalidRequest(f"the {param} holds a token id outside of this model's vocabulary", param=param)
         return list(tokens)
 
     def _template_messages(self, messages: list[Message]) -> list[dict[str, Any]]:
