@@ -11,6 +11,7 @@ from mlx_router_shared.errors import InvalidRequest
 __all__ = ["parse_duration"]
 
 _UNITS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_FOR_EVER: Final = 1e15  # seconds; longer than any clock here counts
 _PART: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)([a-zµ]+)?")
 
 
@@ -23,7 +24,7 @@ def parse_duration(value: object) -> float:
         kind = {"bool": "bool", "list": "[]interface {}", "dict": "map[string]interface {}"}.get(type(value).__name__)
         raise InvalidRequest(f"Unsupported type: '{kind or type(value).__name__}'", param="keep_alive")
     if isinstance(value, int | float):
-        return math.inf if value < 0 or math.isinf(value) or math.isnan(value) else float(value)
+        return float(value) if 0 <= value < _FOR_EVER else math.inf
     text = value.strip()
     sign, rest = (text[0], text[1:]) if text[:1] in ("-", "+") else ("", text)
     if rest == "0":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,15 +13,22 @@ from hypothesis import strategies as st
 from msgspec import Struct
 
 from mlx_router_server.api.response_store import ResponseStore
+from mlx_router_server.dialects.anthropic_answers import AnthropicStream
+from mlx_router_server.dialects.anthropic_requests import parse_messages
 from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.go_template import render_prompt, render_template
 from mlx_router_server.dialects.images import image_from_base64, image_from_url
+from mlx_router_server.dialects.ollama_requests import parse_chat
+from mlx_router_server.dialects.openai_requests import parse_chat_completion
+from mlx_router_server.dialects.options import parse_options
+from mlx_router_server.dialects.responses_requests import parse_responses
 from mlx_router_shared.errors import (
     ContextLengthExceeded,
     EngineFailed,
     InvalidRequest,
     MlxRouterError,
     ModelNotFound,
+    Overloaded,
     UnsupportedCapability,
 )
 from mlx_router_shared.generation import Failure, Message, Role, error_of, failure_of
@@ -37,6 +46,7 @@ from mlx_router_shared.generation import Failure, Message, Role, error_of, failu
         ("{{/* nothing */}}{{ len .Messages }}{{ `raw` }}", "2raw"),
         ("{{ if or .Tools .System }}t{{ end }}", "t"),
         ("no action", "no action"),
+        ("{{ -5 }}|{{- `a` }} {{ `b` -}} \n|{{-\n`c`\n-}} d", "-5|a b|cd"),
     ],
 )  # fmt: skip
 def test_the_part_of_go_templates_that_prompts_are_written_in(template: str, expected: str) -> None:
@@ -46,11 +56,20 @@ def test_the_part_of_go_templates_that_prompts_are_written_in(template: str, exp
 @pytest.mark.parametrize(
     "template",
     ["{{ .Prompt", "{{ if .System }}x", "{{ end }}", "{{ template \"x\" }}", "{{ .Prompt | upper }}", "{{ $x := 1 }}", "{{ }}",
-     "{{ printf \"%s\" .Prompt }}", "{{ range .Prompt }}x{{ end }}", "{{ (eq .System }}", "x" * 200_000],
+     "{{ printf \"%s\" .Prompt }}", "{{ range .Prompt }}x{{ end }}", "{{ (eq .System }}", "x" * 200_000, "{{ --5 }}", "{{ ² }}", "{{" + " " * 90_000, "{{" * 40_000,
+     "{{ if .System }}" * 2000 + "{{ end }}" * 2000, "{{ if .System }}" + "{{ else if .System }}" * 2000 + "{{ end }}",
+     "{{ " + "(" * 3000 + ".System" + ")" * 3000 + " }}", "{{ `" + "` `" * 30_000 + " }}",
+     "{{ range $.Messages }}" * 19 + "x" + "{{ end }}" * 19],
 )  # fmt: skip
 def test_a_template_that_is_not_understood_is_refused(template: str) -> None:
     with pytest.raises(InvalidRequest, match="template error"):
         render_prompt(template, "S", "P")
+
+
+def test_a_template_cannot_make_more_text_than_is_sane() -> None:
+    values = {"Prompt": "P" * 100_000, "Messages": [{}] * 1000}
+    with pytest.raises(InvalidRequest, match="too much text"):
+        render_template("{{ range .Messages }}{{ $.Prompt }}{{ end }}", values)
 
 
 @given(st.text(alphabet='{}.-"`() Prompteqifndrang$:=\n', max_size=60))
@@ -126,8 +145,69 @@ def test_kept_responses_are_bounded_in_number_time_and_size() -> None:
     assert len(store) <= 3
     _put(store, "huge", "z" * 70_000_000, most=100)
     assert store.get("huge") is None
+    store.put({"id": "dropped"}, [], [{"x": "z" * 70_000_000}], most=100, seconds=10)
+    assert store.get("dropped") is None, "what came in is counted too"
     assert store.delete("big3") is True
     assert store.delete("big3") is False
+
+
+_NULL_TOOL: dict[str, Any] = {"name": "f", "description": None, "parameters": None, "strict": None}
+_NULL_CALL: dict[str, Any] = {"id": None, "type": "function", "function": {"name": "f", "arguments": None}}
+_TURNS: list[dict[str, Any]] = [
+    {"role": "user", "content": "x", "name": None, "images": None},
+    {"role": "assistant", "content": None, "tool_calls": [_NULL_CALL], "refusal": None},
+    {"role": "tool", "content": "r", "tool_call_id": None, "tool_name": None},
+]  # fmt: skip
+_NULLS: dict[str, tuple[Callable[[bytes], Any], dict[str, Any]]] = {
+    "chat completions": (parse_chat_completion, {
+        "model": "m", "messages": _TURNS, "tools": [{"type": "function", "function": _NULL_TOOL}],
+        "stream_options": {"include_usage": None}, "response_format": {"type": None}, "reasoning": {"effort": None},
+        "thinking": {"type": None}, "chat_template_kwargs": {"enable_thinking": None}, "logit_bias": None}),
+    "ollama": (parse_chat, {
+        "model": "m", "messages": _TURNS, "tools": [{"type": "function", "function": _NULL_TOOL}],
+        "options": {"seed": None, "stop": None}, "format": None, "think": None, "keep_alive": None}),
+    "anthropic": (parse_messages, {
+        "model": "m", "max_tokens": 5,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": None}]}],
+        "tools": [{"name": "f", "description": None, "input_schema": {"type": "object"}, "cache_control": None}],
+        "thinking": {"type": "enabled", "budget_tokens": None}, "metadata": {"user_id": None}, "system": None}),
+    "responses": (parse_responses, {
+        "model": "m", "tools": [{"type": "function", **_NULL_TOOL}], "reasoning": {"effort": None, "summary": None},
+        "input": [{"type": "message", "role": "user", "id": None, "status": None,
+                   "content": [{"type": "input_text", "text": "x", "annotations": None}]}],
+        "text": {"format": None, "verbosity": None}, "include": None, "truncation": None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("api", _NULLS)
+def test_a_null_is_absence_at_any_depth(api: str) -> None:
+    parse, body = _NULLS[api]
+    assert parse(json.dumps(body).encode())
+
+
+def test_nulls_of_arguments_and_schemas_are_kept() -> None:
+    schema = {"type": "object", "properties": {"x": {"enum": [None], "default": None}}}
+    call = {"function": {"name": "f", "arguments": {"x": None}}}
+    body = {
+        "model": "m", "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
+    }  # fmt: skip
+    parsed: Any = parse_chat(json.dumps(body).encode())
+    request = parsed.call.requests[0]
+    assert json.loads(request.tools[0].parameters) == schema
+    assert json.loads(request.messages[1].tool_calls[0].arguments) == {"x": None}
+
+
+@pytest.mark.parametrize("name", ["temperature", "repeat_penalty", "num_predict"])
+def test_numbers_beyond_all_bounds_are_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="out of range"):
+        parse_options({name: 10**400})
+
+
+def test_an_error_after_a_ping_has_the_type_that_it_has_before_one() -> None:
+    for error, kind in ((ContextLengthExceeded("x"), "invalid_request_error"), (ModelNotFound("x"), "not_found_error"),
+                        (EngineFailed("x"), "api_error"), (Overloaded("x"), "overloaded_error")):  # fmt: skip
+        assert f'"type":"{kind}"' in AnthropicStream("id", "m", show_thinking=False).fail(error).decode()
 
 
 def test_a_conversation_is_told_apart_by_its_messages() -> None:

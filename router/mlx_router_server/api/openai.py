@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable
 from typing import Any, Literal
@@ -61,7 +62,8 @@ def _filter(query: dict[str, str]) -> Callable[[ModelEntry], bool]:
 
 def _page(data: list[dict[str, Any]], query: dict[str, str]) -> dict[str, Any]:
     """Anthropic's pages: ``limit``, ``after_id`` or ``before_id``; iterators go on while ``has_more``."""
-    limit = int(query["limit"]) if query.get("limit", "").isdecimal() else 20
+    text = query.get("limit") or "20"
+    limit = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
     if not 1 <= limit <= 1000:
         raise InvalidRequest("limit must be between 1 and 1000", param="limit")
     ids = [entry["id"] for entry in data]

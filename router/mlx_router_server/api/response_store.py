@@ -44,7 +44,7 @@ class ResponseStore:
         most: int, seconds: float,
     ) -> None:  # fmt: skip
         """Keep a response for so long, and at most so many of them; one that is too large alone is not kept."""
-        size = len(msgspec.json.encode(response)) + len(msgspec.msgpack.encode(messages))
+        size = sum(len(msgspec.msgpack.encode(part)) for part in (response, messages, input_items))
         if most <= 0 or size > _MOST_BYTES:
             return
         self._forget_old(most - 1, _MOST_BYTES - size)

@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from mlx_router_server.dialects.call import Moment, Transcript
+from mlx_router_server.dialects.statuses import status_of
 from mlx_router_shared.errors import ContextLengthExceeded, MlxRouterError, Unavailable
 from mlx_router_shared.generation import (
     Event,
@@ -171,7 +172,7 @@ class AnthropicStream:
         return b""  # message_stop was it
 
     def fail(self, error: MlxRouterError) -> bytes:
-        body = error_body(error, 529 if isinstance(error, Unavailable) else 500, "")
+        body = error_body(error, status_of_error(error, status_of(error)), "")
         return _frame("error", error=body["error"])
 
     def _message_start(self, prompt_tokens: int) -> bytes:

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct, field
 
 from mlx_router_server.dialects.anthropic_blocks import conversation
-from mlx_router_server.dialects.body import Int64, convert, read_object, without_nulls
+from mlx_router_server.dialects.body import Int64, convert, read_object
 from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.openai_common import ToolUse
@@ -216,7 +216,7 @@ def _schema(asked: _MessagesBody) -> str | None:
 def _tools(items: list[dict[str, Any]]) -> list[Tool]:
     tools = []
     for number, item in enumerate(items):
-        tool = convert(without_nulls(item), _Tool, f"tools.{number}.")
+        tool = convert(item, _Tool, f"tools.{number}.")
         if tool.type.startswith(_SERVER_TOOLS) or tool.defer_loading:
             continue
         if tool.type != "custom":

@@ -7,7 +7,8 @@ fields are ignored, a wrong type is refused with the path of the field.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Final, TypeVar
+from functools import cache
+from typing import Annotated, Any, Final, TypeVar, get_args
 
 import msgspec
 
@@ -41,9 +42,10 @@ def without_nulls(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def convert(data: Any, kind: type[_Body], prefix: str = "") -> _Body:
-    """Check types; raises ``InvalidRequest`` that names the field."""
+    """Check types, explicit nulls being absence at every depth that ``kind`` describes; raises ``InvalidRequest`` that
+    names the field."""
     try:
-        return msgspec.convert(data, kind)
+        return msgspec.convert(_present(data, kind), kind)
     except msgspec.ValidationError as error:
         text = str(error)
         match = _PATH.search(text)
@@ -52,6 +54,35 @@ def convert(data: Any, kind: type[_Body], prefix: str = "") -> _Body:
         raise InvalidRequest(
             f"{sentence.replace('`', '')}{f' for {path}' if path else ''}", param=path or None
         ) from None
+
+
+def _present(data: Any, kind: type) -> Any:
+    """Without the nulls of what is described by structs; an object that anything may stand in (a JSON schema, the
+    arguments of a call) keeps its own."""
+    if isinstance(data, list):
+        return [_present(item, kind) for item in data]
+    if not isinstance(data, dict):
+        return data
+    inner = _inner_structs(kind)
+    return {
+        name: _present(value, inner[name]) if name in inner else value
+        for name, value in data.items()
+        if value is not None
+    }
+
+
+@cache
+def _inner_structs(kind: type) -> dict[str, type]:
+    """The structs that a struct's fields hold, alone or in lists, by the fields' names."""
+    found: dict[str, type] = {}
+    for said in msgspec.structs.fields(kind):
+        types = [said.type]
+        while types:
+            one = types.pop()
+            types += get_args(one)
+            if isinstance(one, type) and issubclass(one, msgspec.Struct):
+                found[said.encode_name] = one
+    return found
 
 
 def _json_type(value: object) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from msgspec import Struct, field
 
-from mlx_router_server.dialects.body import convert, read_object, without_nulls
+from mlx_router_server.dialects.body import convert, read_object
 from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.go_template import render_prompt
 from mlx_router_server.dialects.options import parse_options
@@ -224,7 +224,7 @@ def parse_create(body: bytes) -> CreateCall:
 def _turns(items: list[dict[str, Any]]) -> list[tuple[str, str]]:
     turns = []
     for number, item in enumerate(items):
-        turn = convert(without_nulls(item), _Turn, f"messages[{number}].")
+        turn = convert(item, _Turn, f"messages[{number}].")
         if turn.role.lower() not in _ROLES:
             raise InvalidRequest(f"role {turn.role!r} is none of {', '.join(_ROLES)}", param=f"messages[{number}].role")
         turns.append((turn.role.lower(), turn.content))

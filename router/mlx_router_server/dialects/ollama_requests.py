@@ -7,7 +7,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import Struct, field
 
-from mlx_router_server.dialects.body import Int64, convert, read_object, without_nulls
+from mlx_router_server.dialects.body import Int64, convert, read_object
 from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.go_template import render_prompt
@@ -336,7 +336,7 @@ def _thinking(think: Any) -> tuple[bool | None, str | None]:
 def _messages(items: list[dict[str, Any]]) -> list[Message]:
     messages = []
     for number, item in enumerate(items):
-        message = convert(without_nulls(item), _Message, f"messages[{number}].")
+        message = convert(item, _Message, f"messages[{number}].")
         role = message.role.lower()
         messages.append(
             Message(
@@ -365,7 +365,7 @@ def read_tools(items: list[dict[str, Any]]) -> list[Tool]:
     """Tool definitions in the shape that Ollama and chat completions share."""
     tools = []
     for number, item in enumerate(items):
-        tool = convert(without_nulls(item), _Tool, f"tools[{number}].")
+        tool = convert(item, _Tool, f"tools[{number}].")
         if tool.type != "function":
             raise InvalidRequest(f"tools of type {tool.type!r} are not supported", param=f"tools[{number}].type")
         parameters = tool.function.parameters or {"type": "object", "properties": {}}

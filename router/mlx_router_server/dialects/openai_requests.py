@@ -7,7 +7,7 @@ from typing import Any, Final
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from mlx_router_server.dialects.body import Int64, convert, read_object, without_nulls
+from mlx_router_server.dialects.body import Int64, convert, read_object
 from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.ollama_requests import read_tools
@@ -288,7 +288,7 @@ def _check_logprobs(chat: _ChatBody) -> None:
 def read_response_format(form: dict[str, Any], param: str) -> str | None:
     """The schema that the answer has to satisfy. Chat nests it under ``json_schema``, responses have it beside
     ``type``."""
-    kind = form.get("type", "text")
+    kind = form.get("type") or "text"
     if kind == "text":
         return None
     if kind == "json_object":
@@ -319,7 +319,7 @@ def _thinking(chat: _ChatBody) -> tuple[bool | None, str | None]:
 def _message(number: int, item: dict[str, Any]) -> tuple[Message, str]:
     """A message, and where in it the first image is, if one is."""
     at = f"messages[{number}]"
-    message = convert(without_nulls(item), _Message, f"{at}.")
+    message = convert(item, _Message, f"{at}.")
     if message.role not in _ROLES:
         raise InvalidRequest(f"unknown role {message.role!r}", param=f"{at}.role")
     if message.content is None and not message.tool_calls and message.role != "assistant":

@@ -133,7 +133,10 @@ def _check(name: str, value: Any) -> Any:
     if name in _FLOATS:
         if not number:
             raise InvalidRequest(f'option "{name}" must be of type float32', param=f"options.{name}")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise InvalidRequest(f'option "{name}" is out of range', param=f"options.{name}") from None
     if name in _BOOLEANS and not isinstance(value, bool):
         raise InvalidRequest(f'option "{name}" must be of type boolean', param=f"options.{name}")
     if name == "stop":

@@ -333,7 +333,7 @@ def _tools(items: list[dict[str, Any]]) -> tuple[list[Tool], dict[str, tuple[str
 
 
 def _tool(item: dict[str, Any], at: str) -> Tool:
-    tool = convert(without_nulls(item), _Tool, f"{at}.")
+    tool = convert(item, _Tool, f"{at}.")
     parameters = tool.parameters or {"type": "object", "properties": {}}
     if tool.strict:
         schema_text(parameters, f"{at}.parameters")
