@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mlx_router_server import setting_kinds as kinds
+from mlx_router_server.catalogue.names import parse_name
 from mlx_router_server.settings import ModelSettings, Settings, describe_model_settings, describe_settings
 from mlx_router_shared.errors import InvalidRequest
 
@@ -97,6 +98,11 @@ def _read_file(file: Path) -> dict[str, object]:
         table = data.pop(name, {})
         if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
             raise SettingsError(f"{file}: {name}: not a table of names")
+        for short, target in table.items():
+            origin = f"{file}: {name}.{short!r}"
+            _check_name(target, origin)
+            if name == "model_aliases":
+                _check_name(short, origin)
         values[name] = table
     for name, value in data.items():
         if name not in fields:
@@ -108,6 +114,14 @@ def _read_file(file: Path) -> dict[str, object]:
     return values
 
 
+def _check_name(name: str, origin: str) -> None:
+    """The catalogue is built from these; one that it cannot take must not be found out there."""
+    try:
+        parse_name(name)
+    except InvalidRequest as error:
+        raise SettingsError(f"{origin}: {name!r}: {error.message}") from None
+
+
 def _near(name: str, names: list[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     return f", did you mean {close[0]!r}?" if close else ""
@@ -117,13 +131,17 @@ def _read_model(file: Path, name: str, table: object) -> ModelSettings:
     origin = f"{file}: models.{name!r}"
     if not isinstance(table, dict):
         raise SettingsError(f"{origin}: not a table")
+    _check_name(name, origin)
     fields = {field.name: field for field in describe_model_settings()}
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in fields:
             raise SettingsError(f"{origin}: there is no setting {key!r} of a model{_near(key, list(fields))}")
         values[key] = _parse(fields[key], value, f"{origin}: {key}")
-    return ModelSettings(**values)
+    found = ModelSettings(**values)
+    for alias in found.aliases:
+        _check_name(alias, f"{origin}: aliases")
+    return found
 
 
 def json_schema() -> dict[str, Any]:

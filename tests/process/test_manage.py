@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,6 +207,42 @@ def test_a_model_of_uploaded_files_and_what_is_made_from_it(router: RouterProces
     assert "'roberta'" in told["error"]
 
 
+def test_weights_that_no_model_is_made_of_are_not_kept(home: Path) -> None:
+    weights = home / "store" / "weights"
+
+    def kept() -> set[str]:
+        return {path.name for path in weights.iterdir()}
+
+    with running_router(home, "--standby-workers", "0") as router:
+        files = {path.name: _upload(router, path.read_bytes()) for path in DEMO_FOLDER.iterdir() if path.is_file()}
+        assert _create(router, model="made", files=files)[-1] == {"status": "success"}
+        first = kept()
+        config = json.loads((DEMO_FOLDER / "config.json").read_text()) | {"max_position_embeddings": 2048}
+        other = {**files, "config.json": _upload(router, json.dumps(config).encode())}
+        # Something goes wrong once the weights are there: an adapter that cannot be one.
+        adapter = dict.fromkeys(("adapter_config.json", "adapters.safetensors"), files["config.json"])
+        told = _create(router, model="made", files=other, adapters=adapter, quantize="q4_0")[-1]
+        assert "without an adapter" in told["error"]
+        assert kept() == first, "what failed is gone, and what was there before is there"
+        assert router.generate("made", prompt="Hello!")["done"]
+        assert _create(router, model="made", files=other)[-1] == {"status": "success"}
+        second = kept()
+        assert len(second) == 1, "what was replaced is gone"
+        assert second != first
+        assert _create(router, model="packed", files=files, quantize="q4_0")[-1] == {"status": "success"}
+        assert len(kept()) == 2, "of the packed one the packed weights"
+        assert _create(router, model="made", **{"from": "demo"})[-1] == {"status": "success"}
+        assert len(kept()) == 1
+        assert router.generate("packed", options={"num_predict": 2})["eval_count"] == 2
+    forgotten = weights / ("0" * 32)
+    forgotten.mkdir()
+    os.utime(forgotten, (0, 0))
+    os.utime(next(iter(weights.iterdir())), (0, 0))
+    with running_router(home, "--standby-workers", "0") as router:
+        wait_until(lambda: not forgotten.exists(), "what nobody needs is gone")
+        assert set(_names(router)) == {"demo:latest", "made:latest", "packed:latest"}
+
+
 def test_an_adapter_makes_another_worker(router: RouterProcess, tmp_path: Path) -> None:
     from tests.tiny_models.adapter import make_random_adapter
 
@@ -292,6 +329,31 @@ def _check_repository(home: Path, hub: Hub, repo: str) -> None:
         assert lines[0] == {"status": "pulling manifest"}
         assert lines[-1] == {"status": "success"}
         assert router.generate("fresh", prompt="Hello!")["done"]
+
+
+def test_what_another_program_fetched_does_not_become_ours_by_a_pull(home: Path) -> None:
+    repo = "mlx-community/Tiny-4bit"
+    (home / "config.toml").write_text(f'[model_aliases]\n"tiny:1b" = "{repo}"\n')
+    with running_hub() as hub:
+        hub.add_folder(repo, DEMO_FOLDER)
+        folder = home / "hf" / "hub" / f"models--{repo.replace('/', '--')}"
+        with running_router(home, "--standby-workers", "0", variables={"HF_ENDPOINT": hub.url}) as router:
+            assert _post(router, "/api/pull", model=repo, stream=False).status == 200
+            # Asked for by its own name as well: it does not go with the short one.
+            assert _post(router, "/api/pull", model="tiny:1b", stream=False).status == 200
+            assert call(router, "DELETE", "/api/delete", {"model": "tiny:1b"}).status == 200
+            assert set(_names(router)) == {"demo:latest", f"{repo}:latest"}
+            # As if another program had fetched it.
+            (home / "store" / "pulled.json").unlink()
+            assert _post(router, "/api/pull", model="tiny:1b", stream=False).status == 200
+            assert call(router, "DELETE", "/api/delete", {"model": "tiny:1b"}).status == 200
+            assert folder.exists()
+            refused = call(router, "DELETE", "/api/delete", {"model": repo})
+            assert (refused.status, "other programs" in refused.json()["error"]) == (400, True)
+            assert call(router, "DELETE", "/api/delete", {"model": repo, "force": True}).status == 200
+            # A pull of which nothing came says nothing of whose a later one is.
+            assert _post(router, "/api/pull", model="org/nosuch", stream=False).status == 404
+            assert "nosuch" not in (home / "store" / "pulled.json").read_text()
 
 
 def test_a_pulled_or_created_model_outlives_the_router_and_a_lost_base_is_told(home: Path, tmp_path: Path) -> None:

@@ -121,6 +121,25 @@ def test_a_key_for_some_models_neither_lists_nor_uses_others(locked: RouterProce
 
 
 @pytest.mark.req("R31")
+def test_a_key_for_some_models_does_not_reach_others_by_making_fetching_or_copying(home: Path) -> None:
+    text, key = make_key("narrow", [Scope.INFERENCE, Scope.PULL], ("mine-*",))
+    write_keys(keys_file(home), [key])
+    with running_router(home, "--standby-workers", "0") as router:
+        for path, body, status in (
+            ("/api/create", {"model": "mine-x", "from": "demo"}, 404),
+            ("/api/create", {"model": "mine-x", "from": "nosuch"}, 404),
+            ("/api/create", {"model": "theirs", "from": "mine-x"}, 403),
+            ("/api/copy", {"source": "demo", "destination": "mine-x"}, 404),
+            ("/api/copy", {"source": "mine-x", "destination": "theirs"}, 403),
+            ("/api/pull", {"model": "org/theirs"}, 403),
+            ("/api/pull", {"model": "mine-y"}, 404),
+        ):
+            reply = call(router, "POST", path, {**body, "stream": False}, x_api_key=text)
+            assert reply.status == status, (path, body, reply.body)
+        assert call(router, "GET", "/api/tags", x_api_key=text).json() == {"models": []}
+
+
+@pytest.mark.req("R31")
 def test_keys_come_and_go_while_the_router_runs(home: Path) -> None:
     with running_router(home, "--standby-workers", "0") as router:
         assert call(router, "GET", "/api/tags").status == 200

@@ -19,7 +19,7 @@ from mlx_router_server.catalogue.inspect import NotServable, inspect_folder
 from mlx_router_server.catalogue.kinds import Kind
 from mlx_router_server.catalogue.names import DEFAULT_HOST, parse_name
 from mlx_router_server.catalogue.quantization import why_unreadable
-from mlx_router_shared.errors import ModelNotFound
+from mlx_router_shared.errors import InvalidRequest, ModelNotFound
 
 
 def write_model(folder: Path, config: dict[str, Any] | None = None, **files: str) -> Path:
@@ -161,6 +161,49 @@ def test_what_is_listed_is_what_resolves_and_links_do_not_lead_out(tmp_path: Pat
         write_model(folder / "late")
         await catalogue.refresh()
         assert catalogue.resolve("late")
+
+    asyncio.run(look())
+
+
+_STRANGE: dict[str, tuple[dict[str, Any] | None, dict[str, str]]] = {
+    "weight_map": (None, {"model.safetensors.index_json": '{"weight_map": {"a": ["x"]}}'}),
+    "templates": (None, {"tokenizer_config_json": '{"chat_template": [{"name": [], "template": "x"}]}'}),
+    "packing": ({"model_type": "qwen3", "quantization_config":
+                 {"quant_method": "compressed-tensors", "format": []}}, {}),
+    "capabilities": (None, {"fake_json": '{"capabilities": [[]]}'}),
+    "numbers": ({"model_type": "qwen3", "num_hidden_layers": "many", "hidden_size": [], "vocab_size": {}}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.req("R32")
+@pytest.mark.parametrize("strange", _STRANGE)
+def test_one_strange_model_hides_no_other(tmp_path: Path, strange: str) -> None:
+    config, files = _STRANGE[strange]
+    write_model(tmp_path / "models" / "strange", config, **files)
+    write_model(tmp_path / "models" / "plain")
+
+    async def look() -> None:
+        catalogue = Catalogue(Sources(folders=(tmp_path / "models",)))
+        await catalogue.refresh()
+        assert catalogue.ready
+        assert catalogue.resolve("plain").name.display == "plain:latest"
+        assert len(catalogue.entries()) + len(catalogue.unservable) == 3
+
+    asyncio.run(look())
+
+
+def test_sources_that_cannot_be_read_leave_the_former_ones(tmp_path: Path) -> None:
+    write_model(tmp_path / "models" / "plain")
+
+    async def look() -> None:
+        catalogue = Catalogue(Sources(folders=(tmp_path / "models",)), "plain")
+        await catalogue.refresh()
+        with pytest.raises(InvalidRequest):
+            await catalogue.reconfigure(Sources(registered=(Registered(name="no name"),)), "other")
+        write_model(tmp_path / "models" / "late")
+        await catalogue.refresh()
+        assert catalogue.resolve("late")
+        assert catalogue.resolve("").name.display == "plain:latest"
 
     asyncio.run(look())
 

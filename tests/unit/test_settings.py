@@ -90,6 +90,11 @@ def test_every_setting_reads_its_own_default_and_refuses_nonsense(field: Any, tm
         ("[models.x]\ndraft_model = 1", "draft_model.*not text"),
         ("[models.x]\noptions = { temperature = 'hot' }", "must be of type float32"),
         ("[models.x]\nkind = 'robot'", "not one of"),
+        ("[models.'my model']", "models.'my model': 'my model': invalid model name"),
+        ("[models.x]\naliases = ['gpt 4']", "aliases: 'gpt 4': invalid model name"),
+        ("[model_aliases]\n'a b' = 'org/x'", "model_aliases.'a b': 'a b': invalid model name"),
+        ("[model_aliases]\nx = 'org/x/y/z'", "model_aliases.'x': 'org/x/y/z': invalid model name"),
+        ("[name_map]\n'claude-*' = 'no name'", r"name_map.'claude-\*': 'no name': invalid model name"),
         ("version = 9", "version 9 is not known"),
         ("port =", "config.toml"),
     ],
@@ -136,7 +141,7 @@ def test_sizes_and_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [("5m", 300), (300, 300), (300.5, 300.5), ("1h2m3s", 3723), (-1, math.inf), ("-1m", math.inf), (0, 0), ("0", 0),
-     ("0s", 0), ("1.5h", 5400), ("100ms", 0.1)],
+     ("0s", 0), ("1.5h", 5400), ("100ms", 0.1), (10**400, math.inf), (math.nan, math.inf), ("9" * 400 + "s", math.inf)],
 )  # fmt: skip
 def test_keep_alive_in_all_its_forms(value: object, seconds: float) -> None:
     assert parse_duration(value) == pytest.approx(seconds)

@@ -29,7 +29,7 @@ def allowed_download(server: Server, name: str, caller: Caller) -> ModelName | N
         fnmatch.fnmatchcase(repository.lower(), pattern.lower()) for pattern in server.settings.download_allowlist
     ):
         return None
-    if not caller.may_use((parsed.display, parsed.display.removesuffix(":latest"))):
+    if not caller.may_use(parsed.spellings):
         return None
     if not caller.may(Scope.PULL):
         raise Forbidden(f"model '{name}' is not here, and downloading it needs a key with the scope {Scope.PULL}")

@@ -36,6 +36,7 @@ from mlx_router_server.management.creating import Creation, Creator, Quantizatio
 from mlx_router_server.management.models import Models
 from mlx_router_server.management.removing import Remover
 from mlx_router_shared.errors import (
+    Forbidden,
     InsufficientStorage,
     InvalidRequest,
     MlxRouterError,
@@ -108,9 +109,16 @@ def _part(line: dict[str, Any]) -> dict[str, Any]:
     return {"type": "http.response.body", "body": msgspec.json.encode(line) + b"\n", "more_body": True}
 
 
+def _check_may_make(request: Request, name: ModelName) -> None:
+    """A key with a list of models neither fetches, makes nor replaces one beyond it. Raises ``Forbidden``."""
+    if not caller_of(request).may_use(name.spellings):
+        raise Forbidden(f"this key is for other models than {name.display!r}")
+
+
 async def pull(request: Request) -> Progress:
     asked, lines, ignored = parse_pull(await read_body(request))
     name = parse_name(asked)
+    _check_may_make(request, name)
     models = _models(request)
     await server_of(request).catalogue.wait_ready()
     work = models.pull(name)
@@ -130,9 +138,14 @@ async def _begun(work: AsyncGenerator[JobEvent, None]) -> AsyncGenerator[JobEven
 async def create(request: Request) -> Progress:
     asked = parse_create(await read_body(request))
     name = parse_name(asked.model)
+    _check_may_make(request, name)
+    catalogue = server_of(request).catalogue
+    await catalogue.wait_ready()
     if asked.base:
-        parse_name(asked.base)
-    await server_of(request).catalogue.wait_ready()
+        base = parse_name(asked.base)
+        entry = catalogue.find(base)
+        if not caller_of(request).may_use(entry.names if entry is not None else base.spellings):
+            raise ModelNotFound(f"model '{asked.base}' not found, or not allowed with this key", param="from")
     creation = Creation(
         name=name,
         base=asked.base,
@@ -167,6 +180,7 @@ async def copy(request: Request) -> Response:
     source, destination = parse_copy(await read_body(request))
     _name(source, f'source "{source}" is invalid')
     target = _name(destination, f'destination "{destination}" is invalid')
+    _check_may_make(request, target)
     models = _models(request)
     try:
         entry = await server_of(request).resolve(source, caller_of(request))

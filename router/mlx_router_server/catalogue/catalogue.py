@@ -46,8 +46,13 @@ class Catalogue:
     async def reconfigure(self, sources: Sources, default_model: str) -> None:
         """Look elsewhere from now on; what was known stays until the new index is there."""
         async with self._building:
-            self._builder.sources, self._default_model = sources, default_model
-            self._index = await asyncio.to_thread(self._builder.build)
+            before, self._builder.sources = self._builder.sources, sources
+            try:
+                self._index = await asyncio.to_thread(self._builder.build)
+            except BaseException:
+                self._builder.sources = before
+                raise
+            self._default_model = default_model
             self._generation += 1
 
     async def stop(self) -> None:

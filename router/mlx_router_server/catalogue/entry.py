@@ -129,7 +129,7 @@ class ModelEntry:
     @property
     def names(self) -> tuple[str, ...]:
         """All of them, as people write them."""
-        return (self.name.display, self.name.display.removesuffix(":latest"), *self.aliases)
+        return (*self.name.spellings, *self.aliases)
 
     @property
     def weights_digest(self) -> str:

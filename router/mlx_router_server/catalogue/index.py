@@ -6,6 +6,7 @@ created here, extra folders, the Hugging Face cache. Runs in a thread; what it r
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,8 @@ from mlx_router_shared.errors import InvalidRequest, MlxRouterError
 __all__ = ["DEMO_FOLDER", "Index", "IndexBuilder", "Registered", "Sources", "Unservable"]
 
 DEMO_FOLDER: Final = Path(__file__).parent / "demo"
-_NOT_OF_OURS: Final = "a script of the fake engine is served only where the configuration names it"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +236,10 @@ class IndexBuilder:
                 known = Unservable(reason=str(error), kind=error.kind)
             except (OSError, MlxRouterError) as error:
                 known = Unservable(reason=f"its files cannot be read: {error}")
+            except Exception as error:
+                # Files of strangers, read by much code: whatever one of them does, the others are still served.
+                log.exception("event=model_unreadable path=%r", str(found.path))
+                known = Unservable(reason=f"its files make no sense: {type(error).__name__}: {error}")
             self._inspected[(found.path, said, listing)] = known
         return known
 

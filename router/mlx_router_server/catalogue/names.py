@@ -47,6 +47,11 @@ class ModelName:
         return f"{prefix}{self.model}:{self.tag}"
 
     @property
+    def spellings(self) -> tuple[str, str]:
+        """As people write it: with its tag, and without where that is the usual one."""
+        return self.display, self.display.removesuffix(":latest")
+
+    @property
     def full(self) -> str:
         """With host, namespace and tag."""
         return f"{self.host}/{self.namespace}/{self.model}:{self.tag}"

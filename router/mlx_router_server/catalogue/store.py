@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from msgspec import Struct, field
@@ -34,6 +34,7 @@ from mlx_router_shared.errors import InvalidRequest
 __all__ = ["BLOB", "Manifest", "Pulled", "Store"]
 
 BLOB: Final = re.compile(r"sha256[:-]([0-9a-f]{64})")
+_WEIGHTS: Final = re.compile(r"[0-9a-f]{8,64}")
 _FILE_NAME: Final = re.compile(r"(?:1_Pooling/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}", re.ASCII)
 _STALE_SECONDS: Final = 3600.0
 _LARGEST: Final = 16 * 2**20
@@ -58,11 +59,16 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
 
 class Pulled(Struct, frozen=True, kw_only=True):
-    """A repository that was pulled by this server."""
+    """A repository that this server was told to pull."""
 
     repository: str
-    revision: str
-    pulled_at: float
+    revision: str = ""
+    """Empty until a first pull has ended."""
+    pulled_at: float = 0.0
+    ours: bool = False
+    """Nothing of it was in the cache before: no other program asked for it."""
+    by_name: bool = False
+    """It was pulled by its own name, and not only by a short one."""
 
 
 class Store:
@@ -78,10 +84,11 @@ class Store:
         """Make the folders; remove what uploads and jobs left unfinished long ago, and files that no model uses."""
         for folder in (self._manifests, self._weights, self._blobs):
             folder.mkdir(parents=True, exist_ok=True)
+        self._remove_unused(weights.name for weights in self._weights.iterdir() if _is_old(weights))
         unused = [blob for blob in self._blobs.glob("sha256-*") if blob.stat().st_nlink == 1]
         for left in (*unused, *self._blobs.glob(".upload-*"), *self._weights.glob(".making-*")):
             try:
-                if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                if _is_old(left):
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
             except OSError:
                 continue
@@ -95,8 +102,10 @@ class Store:
             try:
                 manifest = msgspec.json.decode(_read(path), type=Manifest)
                 parse_name(manifest.name)
+                if not manifest.weights:
+                    parse_name(manifest.base)
                 for folder in (manifest.weights, manifest.adapter):
-                    if folder and not re.fullmatch(r"[0-9a-f]{8,64}", folder):
+                    if folder and not _WEIGHTS.fullmatch(folder):
                         raise ValueError(f"{folder!r} is no folder of this store")
                 found.append(manifest)
             except (OSError, ValueError, msgspec.MsgspecError, InvalidRequest) as error:
@@ -104,18 +113,33 @@ class Store:
         return found, broken
 
     def put(self, manifest: Manifest) -> None:
-        """Raises ``OSError``."""
-        replace_file(self._manifest_path(manifest.name), msgspec.json.format(msgspec.json.encode(manifest)))
+        """Keep it, and remove the weights of the one that it replaces if none needs them. Raises ``OSError``."""
+        path = self._manifest_path(manifest.name)
+        before = _folders_of(path)
+        replace_file(path, msgspec.json.format(msgspec.json.encode(manifest)))
+        self._remove_unused(before)
 
-    def drop(self, name: str, others: Iterable[Manifest]) -> None:
+    def drop(self, name: str) -> None:
         """Forget a created model, and remove the weights that none of the others needs."""
         path = self._manifest_path(name)
-        manifest = msgspec.json.decode(_read(path), type=Manifest)
+        folders = _folders_of(path)
         path.unlink()
-        kept = {folder for other in others for folder in (other.weights, other.adapter)}
-        for folder in (manifest.weights, manifest.adapter):
-            if folder and folder not in kept:
-                shutil.rmtree(self.weights_folder(folder), ignore_errors=True)
+        self._remove_unused(folders)
+
+    def remove_weights(self, names: Iterable[str]) -> None:
+        """Of folders that were finished for a model that was not made after all."""
+        self._remove_unused(names)
+
+    def _remove_unused(self, names: Iterable[str]) -> None:
+        """Those that no manifest names; none at all while there is a manifest that cannot be read."""
+        names = [name for name in names if _WEIGHTS.fullmatch(name)]
+        found, broken = self.manifests() if names else ([], {})
+        if broken:
+            return
+        used = {folder for manifest in found for folder in (manifest.weights, manifest.adapter)}
+        for name in names:
+            if name not in used:
+                shutil.rmtree(self.weights_folder(name), ignore_errors=True)
 
     def _manifest_path(self, name: str) -> Path:
         return self._manifests / (hashlib.sha256(parse_name(name).key.encode()).hexdigest()[:32] + ".json")
@@ -183,11 +207,24 @@ class Store:
             return {}
         return {record.repository.lower(): record for record in records}
 
+    def note_pull_begins(self, repository: str, *, ours: bool) -> None:
+        """Unless one began before, and its word holds. Raises ``OSError``."""
+        records = self.pulled()
+        if repository.lower() not in records:
+            self._write_pulled({**records, repository.lower(): Pulled(repository=repository, ours=ours)})
+
     def note_pulled(self, repository: str, revision: str) -> None:
         """Raises ``OSError``."""
-        records = {**self.pulled(), repository.lower(): Pulled(repository=repository, revision=revision,
-                                                               pulled_at=time.time())}  # fmt: skip
-        self._write_pulled(records)
+        self._change_pulled(repository, revision=revision, pulled_at=time.time())
+
+    def note_pulled_by_name(self, repository: str) -> None:
+        """Raises ``OSError``."""
+        self._change_pulled(repository, by_name=True)
+
+    def _change_pulled(self, repository: str, **changes: Any) -> None:
+        records = self.pulled()
+        record = records.get(repository.lower()) or Pulled(repository=repository)
+        self._write_pulled({**records, repository.lower(): msgspec.structs.replace(record, **changes)})
 
     def forget_pulled(self, repository: str) -> None:
         records = self.pulled()
@@ -196,6 +233,18 @@ class Store:
 
     def _write_pulled(self, records: dict[str, Pulled]) -> None:
         replace_file(self.root / "pulled.json", msgspec.json.format(msgspec.json.encode(list(records.values()))))
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > _STALE_SECONDS
+
+
+def _folders_of(manifest: Path) -> list[str]:
+    try:
+        found = msgspec.json.decode(_read(manifest), type=Manifest)
+    except (OSError, ValueError, msgspec.MsgspecError):
+        return []
+    return [folder for folder in (found.weights, found.adapter) if folder]
 
 
 def _read(path: Path) -> bytes:

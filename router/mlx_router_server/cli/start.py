@@ -178,7 +178,10 @@ class _Server(uvicorn.Server):
 
     async def _reload(self) -> None:
         self._notifier.reloading()
-        await self._on_hangup()
+        try:
+            await self._on_hangup()
+        except Exception:
+            log.exception("event=reload_failed")  # what was in force stays
         self._notifier.ready(self._words())
 
     def _hang_up(self) -> None:

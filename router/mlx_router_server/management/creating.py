@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -51,6 +51,18 @@ class Creation:
     quantization: Quantization | None
 
 
+@dataclass(slots=True)
+class _Made:
+    """What one creation has put on the disk; what no model is made of in the end goes again."""
+
+    begun: list[Path] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+
+    def finish(self, folder: Path, name: str) -> None:
+        self.begun.remove(folder)
+        self.finished.append(name)
+
+
 class Creator:
     """Makes one model at a time; any number of them may be made side by side."""
 
@@ -64,7 +76,7 @@ class Creator:
             await asyncio.to_thread(self._models.store.check_files, files, param)
         if creation.adapter and not creation.adapter.keys() >= _ADAPTER:
             raise InvalidRequest("an adapter is adapter_config.json and adapters.safetensors", param="adapters")
-        made: list[Path] = []
+        made = _Made()
         try:
             if creation.files:
                 yield JobStatus(text="assembling files")
@@ -88,8 +100,9 @@ class Creator:
             await self._models.put(base)
             yield JobDone()
         finally:
-            for folder in made:
+            for folder in made.begun:
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            await self._models.remove_weights(made.finished)
 
     async def _pull_base(self, base: str) -> AsyncGenerator[JobEvent, None]:
         """An absent base is fetched first, as an operator's pull would."""
@@ -112,14 +125,14 @@ class Creator:
             overlay=creation.overlay.over(below.overlay), created_at=time.time(),
         )  # fmt: skip
 
-    async def _from_files(self, creation: Creation, made: list[Path]) -> Manifest:
+    async def _from_files(self, creation: Creation, made: _Made) -> Manifest:
         folder = await asyncio.to_thread(self._models.store.assemble, creation.files)
-        made.append(folder)
+        made.begun.append(folder)
         return await self._with_weights(
             Manifest(name=creation.name.display, overlay=creation.overlay, created_at=time.time()), folder, made
         )
 
-    async def _with_weights(self, manifest: Manifest, folder: Path, made: list[Path]) -> Manifest:
+    async def _with_weights(self, manifest: Manifest, folder: Path, made: _Made) -> Manifest:
         """Keep the weights in a folder, if they are a model."""
         try:
             files = await asyncio.to_thread(inspect_folder, folder)
@@ -130,27 +143,27 @@ class Creator:
         name = await asyncio.to_thread(
             self._models.store.finish_weights, folder, f"{parse_name(manifest.name).key} {files.digest}"
         )
-        made.remove(folder)
+        made.finish(folder, name)
         return Manifest(
             name=manifest.name, weights=name, adapter="", overlay=manifest.overlay, created_at=manifest.created_at
         )
 
-    async def _with_adapter(self, manifest: Manifest, creation: Creation, made: list[Path]) -> Manifest:
+    async def _with_adapter(self, manifest: Manifest, creation: Creation, made: _Made) -> Manifest:
         entry = self._models.catalogue.find(parse_name(creation.base)) if creation.base else None
         if entry is not None and entry.files.engine != "mlx":
             raise InvalidRequest("only models that generate text can have an adapter", param="adapters")
         folder = await asyncio.to_thread(self._models.store.assemble, creation.adapter)
-        made.append(folder)
+        made.begun.append(folder)
         identity = f"adapter {parse_name(manifest.name).key} {sorted(creation.adapter.items())}"
         name = await asyncio.to_thread(self._models.store.finish_weights, folder, identity)
-        made.remove(folder)
+        made.finish(folder, name)
         return Manifest(
             name=manifest.name, base=manifest.base, weights=manifest.weights, adapter=name, overlay=manifest.overlay,
             created_at=manifest.created_at,
         )  # fmt: skip
 
     async def _quantized(
-        self, manifest: Manifest, creation: Creation, how: Quantization, made: list[Path]
+        self, manifest: Manifest, creation: Creation, how: Quantization, made: _Made
     ) -> AsyncGenerator[JobEvent, None]:
         """In a process of its own. ``JobDone`` names the folder."""
         source, dtype, engine = await self._weights_of(manifest)
@@ -162,7 +175,7 @@ class Creator:
         if engine != "mlx" or creation.adapter or manifest.adapter:
             raise InvalidRequest("only text models without an adapter can be quantized here", param="quantize")
         target = await asyncio.to_thread(self._models.store.begin_weights)
-        made.append(target)
+        made.begun.append(target)
         yield JobStatus(text=f"quantizing {dtype} model to {how.bits} bits")
         job = QuantizeJob(
             source=str(source), target=str(target), bits=how.bits, group_size=how.group_size, mode=how.mode

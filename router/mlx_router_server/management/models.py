@@ -78,13 +78,26 @@ class Models:
             yield JobStatus(text="pulling manifest")
             yield JobDone()
             return
+        await self._note_begin(job)
         async with aclosing(self._pulls.follow(job)) as events:
             async for event in events:
                 if isinstance(event, JobFailed):
+                    await self._forget_if_nothing_came(job)
                     raise error_from_code(event.code, event.message)
                 if isinstance(event, JobDone):
                     await self._note_name(name, job.repository)
                 yield event
+
+    async def _note_begin(self, job: PullJob) -> None:
+        """Whose the repository is can be told only now: later there are files of ours in it."""
+        async with self.changing:
+            there = await asyncio.to_thread(_folder_of(job).exists)
+            await asyncio.to_thread(self.store.note_pull_begins, job.repository, ours=not there)
+
+    async def _forget_if_nothing_came(self, job: PullJob) -> None:
+        async with self.changing:
+            if not await asyncio.to_thread(_folder_of(job).exists):
+                await asyncio.to_thread(self.store.forget_pulled, job.repository)
 
     async def _note_pulled(self, job: PullJob, done: JobDone) -> None:
         async with self.changing:
@@ -94,7 +107,11 @@ class Models:
     async def _note_name(self, name: ModelName, repository: str) -> None:
         """What was pulled by a short name is listed under it too, beside its own."""
         base = parse_name(repository)
-        if name.key == base.key or self.catalogue.find_exactly(name) is not None:
+        if name.key == base.key:
+            async with self.changing:
+                await asyncio.to_thread(self.store.note_pulled_by_name, repository)
+            return
+        if self.catalogue.find_exactly(name) is not None:
             return
         manifest = Manifest(name=name.display, base=base.display, created_at=time.time(), by_pull=True)
         await self.put(manifest)
@@ -103,6 +120,12 @@ class Models:
         async with self.changing:
             await asyncio.to_thread(self.store.put, manifest)
         await self.catalogue.refresh()
+
+    async def remove_weights(self, names: list[str]) -> None:
+        """Those of them that no model has come to need."""
+        if names:
+            async with self.changing:
+                await asyncio.to_thread(self.store.remove_weights, names)
 
     # ---------------------------------------------------------------- manifests
 
@@ -137,3 +160,8 @@ class Models:
                 created_at=time.time(),
             )
         )
+
+
+def _folder_of(job: PullJob) -> Path:
+    """Where the Hugging Face cache has a repository."""
+    return Path(job.cache) / f"models--{job.repository.replace('/', '--')}"

@@ -60,11 +60,13 @@ class Remover:
             if name and name not in shared
         ]
         freed = sum([await asyncio.to_thread(_size, folder) for folder in folders])
-        await asyncio.to_thread(self._models.store.drop, own.name, others)
+        await asyncio.to_thread(self._models.store.drop, own.name)
         base = self._models.catalogue.find_exactly(parse_name(own.base)) if own.by_pull else None
         if base is not None and base.source == "hub" and not self._needed(base, others):
-            # The short name stood for what was pulled by it; nobody else asks for that.
-            freed += await self._remove_repository(base)
+            record = (await asyncio.to_thread(self._models.store.pulled)).get(_repository(base))
+            # The short name stood for what was pulled by it; it goes along if nobody else has asked for it.
+            if record is not None and record.ours and not record.by_name:
+                freed += await self._remove_repository(base)
         return freed
 
     async def _delete_repository(self, entry: ModelEntry, manifests: list[Manifest], *, force: bool) -> int:
@@ -73,7 +75,8 @@ class Remover:
                 f"model '{entry.name.display}' is needed by {', '.join(needed)}: delete that first", param="model"
             )
         pulled = await asyncio.to_thread(self._models.store.pulled)
-        if not force and _repository(entry) not in pulled:
+        record = pulled.get(_repository(entry))
+        if not force and not (record is not None and record.ours):
             raise InvalidRequest(
                 f"model '{entry.name.display}' was not pulled by this server, and other programs may use its files in "
                 'the Hugging Face cache: delete it all the same with "force": true (mlx-router rm --force)',
@@ -81,7 +84,7 @@ class Remover:
             )
         for manifest in manifests:
             if manifest.by_pull and parse_name(manifest.base).key == entry.name.key:
-                await asyncio.to_thread(self._models.store.drop, manifest.name, manifests)
+                await asyncio.to_thread(self._models.store.drop, manifest.name)
         return await self._remove_repository(entry)
 
     def _needed(self, entry: ModelEntry, manifests: list[Manifest]) -> list[str]:
