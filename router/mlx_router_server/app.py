@@ -96,6 +96,7 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
             Middleware(Edge, bound_host=settings.host),
             Middleware(Auth),
             Middleware(Inspector),
+            Middleware(errors.LastResort),
         ],
     )
     errors.install(app)

@@ -30,3 +30,13 @@ def test_without_on_demand_a_cold_model_is_not_found(home: Path, path: str) -> N
             router.client.post(path, body)
         assert router.client.get("/api/tags") == {"models": []}
         assert router.children() == []
+
+
+@pytest.mark.req("R21")
+def test_without_on_demand_the_operator_loads_pins_and_plans(home: Path) -> None:
+    with running_router(home, *fake_config(home, {"a": {"tokens": 2}}, on_demand=False)) as router:
+        assert router.client.post("/admin/plan", {"model": "a"})["action"] == "load"
+        assert router.client.post("/admin/models/a/pin")["pinned"] is True
+        assert router.client.post("/admin/models/a/load")["state"] == "ready"
+        assert router.generate("a")["done"]
+        assert router.client.post("/admin/models/a/unload")["state"] == "unloaded"

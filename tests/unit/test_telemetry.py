@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
+from mlx_router_server.api import errors
+from mlx_router_server.api.meter import Meter
 from mlx_router_server.api.ring_stream import RingStream
 from mlx_router_server.lifecycle.states import Cause
 from mlx_router_server.telemetry.events import Happenings
@@ -89,6 +99,38 @@ def test_what_is_told_is_counted() -> None:
     assert _at(values, "kill_incidents_total") == 1
     assert _at(values, "stranded_incidents_total") == 1
     assert _at(values, "memory_returned_bytes_total") == 180
+
+
+def test_a_defect_is_counted_as_500_and_named_like_any_other_answer() -> None:
+    async def boom(request: Request) -> Response:
+        raise ZeroDivisionError
+
+    async def half(request: Request) -> Response:
+        async def parts() -> AsyncGenerator[bytes, None]:
+            yield b"x"
+            raise ZeroDivisionError
+
+        return StreamingResponse(parts())
+
+    async def left(request: Request) -> Response:
+        raise ClientDisconnect
+
+    app = Starlette(
+        routes=[Route("/api/boom", boom), Route("/v1/boom", boom), Route("/half", half), Route("/left", left)],
+        middleware=[Middleware(Meter), Middleware(errors.LastResort)],
+    )
+    errors.install(app)
+    app.state.server = SimpleNamespace(metrics=(metrics := Metrics()))
+    client = TestClient(app, raise_server_exceptions=False)
+    assert client.get("/api/boom").json() == {"error": "internal server error"}
+    assert client.get("/v1/boom").json()["error"]["type"] == "api_error"
+    client.get("/half")
+    client.get("/left")
+    counted = {
+        (dict(labels)["route"], dict(labels)["status"]): value
+        for (name, labels), value in _values(metrics).items() if name == "mlx_router_requests_total"
+    }  # fmt: skip
+    assert counted == {("/api/boom", "500"): 1, ("/v1/boom", "500"): 1, ("/half", "200"): 1, ("/left", "499"): 1}
 
 
 def test_a_model_that_is_gone_is_no_longer_told_of() -> None:

@@ -18,6 +18,7 @@ from mlx_router_server.api.disconnect import unless_client_leaves
 from mlx_router_server.api.ring_stream import RingStream, last_event_id
 from mlx_router_server.api.server import Server, caller_of, read_body, server_of
 from mlx_router_server.api.wishes import read_wishes
+from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.dialects.body import convert, read_object
 from mlx_router_server.lifecycle.memory import MemoryReading
 from mlx_router_server.lifecycle.states import State
@@ -166,10 +167,14 @@ def _model(server: Server, view: ModelView | None, name: str) -> dict[str, Any]:
     }
 
 
+async def _named(request: Request, name: str) -> ModelEntry:
+    return await server_of(request).resolve(name, caller_of(request), by_operator=True)
+
+
 async def load(request: Request) -> Response:
     """Load a model and answer when it is ready; forgets earlier failures."""
     server = server_of(request)
-    entry = await server.resolve(request.path_params["name"], caller_of(request))
+    entry = await _named(request, request.path_params["name"])
     wishes = read_wishes(request, explicit=True)
     waited = await unless_client_leaves(request.receive, load_only(server, server.plan(entry), wishes))
     return _json({"name": entry.name.display, "state": State.READY, "waited_seconds": round(waited, 3)})
@@ -178,7 +183,7 @@ async def load(request: Request) -> Response:
 async def unload(request: Request) -> Response:
     """Let a model go once nobody uses it; answers when its memory is back, or at once if it is still in use."""
     server = server_of(request)
-    entry = await server.resolve(request.path_params["name"], caller_of(request))
+    entry = await _named(request, request.path_params["name"])
     server.supervisor.unload(entry.runner, "unloaded by the operator")
     state = await unless_client_leaves(request.receive, _until_gone(server, entry.runner))
     return _json({"name": entry.name.display, "state": state})
@@ -195,7 +200,7 @@ async def unpin(request: Request) -> Response:
 
 async def _set_pin(request: Request, *, pinned: bool) -> Response:
     server = server_of(request)
-    plan = server.plan(await server.resolve(request.path_params["name"], caller_of(request)))
+    plan = server.plan(await _named(request, request.path_params["name"]))
     server.supervisor.pin(plan, pinned)
     await server.supervisor.settled()
     view = server.supervisor.view(plan.spec.name)
@@ -206,7 +211,7 @@ async def plan(request: Request) -> Response:
     """What loading a model would do now: who would go, whom it would wait for, would it fit. Does nothing."""
     server = server_of(request)
     asked = convert(read_object(await read_body(request)), _PlanBody)
-    entry = await server.resolve(asked.model, caller_of(request))
+    entry = await _named(request, asked.model)
     load_plan = server.plan(entry)
     forecast = server.supervisor.forecast(load_plan.spec)
     sizes = {view.name: view.reserved_bytes for view in server.supervisor.views()}

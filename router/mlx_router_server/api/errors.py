@@ -12,9 +12,9 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import Scope
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_router_server.api.disconnect import ClientLeft
 from mlx_router_server.api.server import BodyTooLarge, BodyTooSlow
@@ -22,7 +22,7 @@ from mlx_router_server.dialects import anthropic_answers, ollama_answers, openai
 from mlx_router_server.dialects.statuses import for_the_public, retry_after, status_of
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError
 
-__all__ = ["error_response", "install", "is_anthropic"]
+__all__ = ["LastResort", "error_response", "install", "is_anthropic"]
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,32 @@ def install(app: Starlette) -> None:
     app.add_exception_handler(MlxRouterError, _known)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientLeft, _nobody)
+    app.add_exception_handler(ClientDisconnect, _nobody)
     app.add_exception_handler(Exception, _unknown)
+
+
+class LastResort:
+    """The innermost layer: what no handler has an answer for gets one here, so that the layers around it count it, name
+    it and mark it as any other. What they raise themselves is for the handler that ``install`` puts outside of all."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def send_and_look(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_look)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            response = await _unknown(Request(scope), error)
+            await response(scope, receive, send)
 
 
 def is_anthropic(scope: Scope) -> bool:

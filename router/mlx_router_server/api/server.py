@@ -79,13 +79,16 @@ class Server:
     def door(self) -> Door:
         return self.supervisor
 
-    async def resolve(self, name: str, caller: Caller) -> ModelEntry:
-        """The model of that name, if the caller may use it; raises ``ModelNotFound`` or ``InvalidRequest``."""
+    async def resolve(self, name: str, caller: Caller, *, by_operator: bool = False) -> ModelEntry:
+        """The model of that name, if the caller may use it; raises ``ModelNotFound`` or ``InvalidRequest``.
+
+        What ``on_demand`` keeps requests from, the operator may.
+        """
         await self.catalogue.wait_ready()
         entry = self._resolve(name, caller)
         if not caller.may_use(entry.names):
             raise ModelNotFound(f"model '{name}' not found, or not allowed with this key", param="model")
-        if not self.settings.on_demand and not self._loaded(entry):
+        if not self.settings.on_demand and not by_operator and not self._loaded(entry):
             raise ModelNotFound(f"model '{name}' not found: it is not loaded and on_demand is off", param="model")
         return entry
 
