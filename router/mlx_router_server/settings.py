@@ -92,7 +92,7 @@ class Settings:
     hub_cache: bool = _setting(True, kinds.boolean, "Serve the MLX models of the Hugging Face cache.")
     demo_model: bool = _setting(True, kinds.boolean, "Register the bundled demo model as 'demo'.")
     default_model: str = _setting("", kinds.text, "Model for requests that name none; empty refuses them.")
-    on_demand: bool = _setting(True, kinds.boolean, "Load a local model when a request names it; off: only what is preloaded or loaded by the operator is served.")
+    on_demand: bool = _setting(True, kinds.boolean, "Load a local model when a request names it; off: operators do.")
     allow_download: bool = _setting(
         False, kinds.boolean, "Download a model that a request names, if download_allowlist has it; pulls need no "
         "permission.",

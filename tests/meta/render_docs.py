@@ -233,6 +233,8 @@ def _service_plan(user_home: Path, state: Path, *, system: bool) -> ServicePlan:
         leave_seconds=340,
         system=system,
         user="me",
+        user_home=user_home,
+        log_file="",
     )
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import plistlib
+import pwd
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -22,7 +24,11 @@ from typing import Any
 import psutil
 import pytest
 
+from mlx_router_server.access.keys import Scope, keys_file, make_key, write_keys
 from mlx_router_server.cli.client import Client
+from mlx_router_server.cli.service import _Service
+from mlx_router_server.service.plan import plan_service
+from mlx_router_server.settings import Settings
 from tests.support.command import command
 from tests.support.http import call
 from tests.support.router import DEADLINE, RouterProcess, running_router, still_alive, wait_until
@@ -73,9 +79,11 @@ class _Machine:
         self.unit = self.home / where[manager]
 
     def run(self, *words: str, port: int | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+        """The port is named at the installation alone, as by somebody who will not think of it again."""
+        named = {"MLX_ROUTER_PORT": str(port or self.port)} if words[0] == "install" else {}
         return command(
             "service", words[0], "--manager", self.manager, *words[1:], home=self.home / "state",
-            environment={**self.variables, "MLX_ROUTER_PORT": str(port or self.port), **more},
+            environment={**self.variables, **named, **more},
         )  # fmt: skip
 
     @property
@@ -85,6 +93,11 @@ class _Machine:
     def status(self) -> dict[str, Any]:
         told: dict[str, Any] = json.loads(self.run("status", "--json").stdout)
         return told
+
+    def told(self) -> dict[str, Any]:
+        """What the manager itself knows."""
+        found: dict[str, Any] = json.loads((self.state / f"{self.manager}.json").read_text())
+        return found
 
     def processes(self) -> list[psutil.Process]:
         """The router and its workers."""
@@ -111,6 +124,7 @@ def test_a_service_lives_through_what_happens_to_it(machine: _Machine) -> None:
     first = machine.status()
     assert (first["running"], first["answers"], first["installed"]) == (True, True, True)
 
+    assert (machine.home / "hf").is_dir(), "a unit that shuts the disk away could not make it"
     os.kill(first["pid"], signal.SIGKILL)
     wait_until(lambda: (now := machine.status())["answers"] and now["pid"] != first["pid"], "it has come back")
 
@@ -137,10 +151,12 @@ def test_a_service_lives_through_what_happens_to_it(machine: _Machine) -> None:
     assert machine.status()["running"] is False
     assert machine.run("stop").stdout == "it does not run\n"
 
-    assert machine.run("start").returncode == 0
+    assert machine.run("restart").returncode == 0, "also of one that does not run"
     before = machine.status()["pid"]
     assert machine.run("restart").returncode == 0
     assert machine.status()["pid"] != before
+    assert machine.run("stop").returncode == 0
+    assert machine.run("start").returncode == 0
 
     processes = machine.processes()
     removed = machine.run("uninstall")
@@ -150,6 +166,36 @@ def test_a_service_lives_through_what_happens_to_it(machine: _Machine) -> None:
     assert machine.run("status").stdout == "it is not installed: mlx-router service install\n"
     for words in ("start", "stop", "restart", "uninstall"):
         assert machine.run(words).returncode == 1
+
+
+@pytest.mark.timeout(120)
+def test_one_that_cannot_start_is_stopped_and_started_once_it_can(machine: _Machine) -> None:
+    """It crashes again and again; stopped, it stays so, and when its settings are mended it may start at once."""
+    config = machine.home / "mlx-router.toml"
+    config.write_text("")
+    assert machine.run("install", "--config", str(config)).returncode == 0
+    config.write_text("colour = 1\n")
+    os.kill(machine.status()["pid"], signal.SIGKILL)
+    if machine.manager == "systemd":
+        wait_until(lambda: machine.told()["active"] == "failed", "it is given up")
+        config.write_text("")
+        assert machine.run("start").returncode == 0
+    else:
+        wait_until(lambda: machine.told().get("restarts", 0) > 1, "it is tried again and again")
+        stopped = machine.run("stop")
+        assert (stopped.returncode, stopped.stdout[:7]) == (0, "stopped"), stopped.stderr
+        assert keeper_pids(machine.state) == []
+        logs = machine.run("logs")
+        assert "there is no setting 'colour'" in logs.stdout, "why it did not start is shown"
+        config.write_text("")
+        assert machine.run("start").returncode == 0
+    assert machine.status()["answers"]
+
+
+def test_a_service_that_loads_nothing_by_itself_is_installed_too(machine: _Machine) -> None:
+    installed = machine.run("install", MLX_ROUTER_ON_DEMAND="false")
+    assert installed.returncode == 0, installed.stderr
+    assert "its demo model says: Hello" in installed.stdout
 
 
 def test_a_first_installation_that_fails_leaves_nothing(machine: _Machine) -> None:
@@ -203,6 +249,56 @@ def test_the_unit_carries_settings_but_no_secret(machine: _Machine) -> None:
     assert "api_keys comes from MLX_ROUTER_API_KEYS, and a unit can be read by others" in refused.stderr
     assert "sk-secret" not in refused.stderr
     assert not machine.unit.exists()
+
+
+def test_what_the_router_writes_to_is_open_to_it_wherever_it_lies(tmp_path: Path) -> None:
+    """The cache is named by three variables, and may be a link to another disk."""
+    home, disk = tmp_path / "user", tmp_path / "disk"
+    (home / ".cache" / "huggingface").mkdir(parents=True)
+    disk.mkdir()
+    (home / ".cache" / "huggingface" / "hub").symlink_to(disk)
+
+    def writable(**environment: str) -> set[str]:
+        said = {"HOME": str(home), "MLX_ROUTER_HOME": str(home / "state"), **environment}
+        plan = plan_service(
+            Settings(log_file=str(tmp_path / "logs" / "r.log")), said, None, system=False, user="me", user_home=home,
+            sandbox=True,
+        )  # fmt: skip
+        assert {name: plan.environment.get(name, value) for name, value in environment.items()} == environment
+        return {str(path.relative_to(tmp_path)) for path in plan.writable}
+
+    always = {"user/state", "logs"}
+    assert writable() == always | {"user/.cache/huggingface", "disk"}
+    assert writable(HF_HUB_CACHE=str(tmp_path / "hub")) == always | {"user/.cache/huggingface", "hub"}
+    assert writable(HUGGINGFACE_HUB_CACHE=str(tmp_path / "h")) == always | {"user/.cache/huggingface", "h"}
+    assert writable(XDG_CACHE_HOME=str(tmp_path / "xdg")) == always | {"xdg/huggingface"}
+    assert writable(HF_HOME=str(tmp_path / "hf")) == always | {"hf"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the administrator makes a folder somebody else's")
+def test_folders_that_are_made_for_a_service_of_the_machine_are_its_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_ROUTER_HOME", str(tmp_path / "theirs" / ".config" / "mlx-router"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "theirs" / "hf"))
+    user = pwd.getpwnam("nobody")
+    (tmp_path / "theirs").mkdir()
+    chosen = _Service(Namespace(system=True, user="nobody", config=None, manager="systemd", action="install"))
+    chosen._make_folders(chosen._plan())
+    for folder in (".config", ".config/mlx-router", "hf"):
+        found = (tmp_path / "theirs" / folder).stat()
+        assert (found.st_uid, found.st_gid) == (user.pw_uid, user.pw_gid), folder
+    assert (tmp_path / "theirs" / ".config" / "mlx-router").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_key_that_is_wanted_is_asked_for_and_not_waited_for(machine: _Machine) -> None:
+    state = machine.home / "state"
+    state.mkdir()
+    write_keys(keys_file(state), [make_key("admin", [Scope.ADMIN])[1]])
+    failed = machine.run("install", MLX_ROUTER_API_KEY="wrong")
+    assert failed.returncode == 1
+    assert "nothing is left of it" in failed.stderr
+    assert "name a key of the scope admin in MLX_ROUTER_API_KEY" in failed.stderr
 
 
 def test_a_user_who_is_not_there_is_a_sentence(tmp_path: Path) -> None:

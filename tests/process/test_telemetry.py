@@ -6,6 +6,7 @@ import json
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +173,21 @@ def test_the_log_is_told_whole_by_model_and_as_it_grows(home: Path) -> None:
 
 
 def test_a_reader_from_before_a_restart_gets_what_there_is(home: Path) -> None:
-    """Its numbers are those of a router that is gone."""
+    """Its numbers are those of a router that is gone; they may be smaller than those of this one."""
     with running_router(home, *fake_config(home, {"a": {}})) as router:
         router.generate("a")
-        stream = EventStream(router, 100_000)
-        wait_until(lambda: stream.of("request_ended"), "what happened before is told")
+        streams = [EventStream(router, last) for last in (100_000, "0badc0de-1", "0badc0de-100000")]
+        for stream in streams:
+            wait_until(partial(stream.of, "request_ended"), "what happened before is told")
+            assert stream.seen[0][0] == 1, "from the first on"
+        whole = streams[0]
+        again = EventStream(router, f"{whole.run}-{whole.seen[-2][0]}")
+        wait_until(lambda: again.seen, "what came after")
+        assert again.seen[0][0] == whole.seen[-1][0]
+        assert again.run == whole.run
         router.process.terminate()
-        stream.close()
+        for stream in (*streams, again):
+            stream.close()
 
 
 def test_a_log_goes_to_a_file_that_is_turned_over(home: Path) -> None:

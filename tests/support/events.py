@@ -16,11 +16,12 @@ __all__ = ["EventStream"]
 class EventStream:
     """A listener of server-sent events in a thread; ``seen`` grows."""
 
-    def __init__(self, router: RouterProcess, last: int | None = None, path: str = "/admin/events") -> None:
+    def __init__(self, router: RouterProcess, last: int | str | None = None, path: str = "/admin/events") -> None:
         parts = urlsplit(router.url)
         self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
         self._connection.request("GET", path, headers={} if last is None else {"Last-Event-ID": str(last)})
         self._response = self._connection.getresponse()
+        self.run = ""
         self.seen: list[tuple[int, str, dict[str, Any]]] = []
         self.ended = threading.Event()
         assert self._response.readline() == b": alive\n", "it listens from here on"
@@ -32,7 +33,8 @@ class EventStream:
         while line := self._response.readline():
             name, _, value = line.decode().rstrip("\n").partition(": ")
             if name == "id":
-                number = int(value)
+                self.run, _, digits = value.rpartition("-")
+                number = int(digits)
             elif name == "event":
                 kind = value
             elif name == "data":

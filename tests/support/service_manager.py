@@ -204,8 +204,16 @@ class _Manager:
             told = self._told("systemd")
             print(f"ActiveState={told['active']}\nSubState={told['sub']}\nMainPID={told['pid']}")
             return 0
-        if verb in ("daemon-reload", "reset-failed"):
+        if verb == "daemon-reload":
             return 0
+        failed = self._told("systemd")["active"] == "failed"
+        if verb == "reset-failed":
+            if failed:
+                self._state("systemd").unlink()
+            return 0 if failed else 1
+        if verb in ("start", "restart") and failed:
+            print("Job for mlx-router.service failed: start-limit-hit", file=sys.stderr)
+            return 1
         if verb in ("enable", "disable"):
             if not file.exists():
                 return 1
@@ -219,8 +227,15 @@ class _Manager:
         return 0
 
     def launchctl(self, verb: str, *arguments: str) -> int:
-        loaded = self._folder / "loaded"
+        loaded, leaving = self._folder / "loaded", self._folder / "leaving"
+        keeper = self._told("launchd").get("keeper")
+        if leaving.exists() and not keeper:
+            leaving.unlink()
+            loaded.unlink()
         if verb == "bootstrap":
+            if loaded.exists():
+                print("Bootstrap failed: 5: Input/output error", file=sys.stderr)
+                return 5
             loaded.write_text(arguments[1])
             return self.start("launchd", Path(arguments[1]))
         if verb in ("enable", "disable"):
@@ -229,15 +244,17 @@ class _Manager:
             print("Could not find service", file=sys.stderr)
             return 113
         if verb == "bootout":
-            self.stop("launchd")
-            loaded.unlink()
+            # It does not wait for the end.
+            leaving.touch()
+            if keeper:
+                os.kill(keeper, signal.SIGTERM)
+                print("Boot-out failed: 36: Operation now in progress", file=sys.stderr)
+                return 36
         elif verb == "kickstart":
-            if "-k" in arguments:
-                self.stop("launchd")
             return self.start("launchd", Path(loaded.read_text()))
         elif verb == "print":
             told = self._told("launchd")
-            words = "running" if told["pid"] else "not running"
+            words = "running" if told["pid"] else "spawn scheduled" if keeper else "not running"
             print(f"{arguments[0]} = {{\n\tstate = {words}")
             if told["pid"]:
                 print(f"\tpid = {told['pid']}")

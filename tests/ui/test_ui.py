@@ -170,6 +170,14 @@ def test_thinking_is_folded_calls_are_shown_and_an_answer_can_be_stopped(browser
         answer = visit.ask("go")
         _wait(lambda: len(answer.locator(".words").text_content() or "") > 20, visit, "it answers")
         assert router.model("slow")["in_flight"] == 1
+        # A new conversation does not begin with what was left of the former one.
+        page.click("#chat-clear")
+        wait_until(lambda: router.model("slow")["in_flight"] == 0, "the worker was told")
+        expect(page.locator("#chat-send")).to_be_enabled()
+        with page.expect_request("**/api/chat") as asked:
+            answer = visit.ask("go on")
+        assert [message["content"] for message in asked.value.post_data_json["messages"]] == ["go on"]
+        _wait(lambda: len(answer.locator(".words").text_content() or "") > 20, visit, "it answers again")
         page.click("#chat-stop")
         expect(answer).to_contain_text("stopped")
         wait_until(lambda: router.model("slow")["in_flight"] == 0, "the worker was told")

@@ -254,7 +254,7 @@ async def config(request: Request) -> Response:
 async def events(request: Request) -> Response:
     """Server-sent events of everything that happens; ``Last-Event-ID`` continues where a client broke off."""
     ring = server_of(request).supervisor.happenings.ring
-    return RingStream(ring, last_event_id(request), lambda happening: (happening.kind, _told(happening)))
+    return RingStream(ring, last_event_id(request, ring), lambda happening: (happening.kind, _told(happening)))
 
 
 def _told(happening: Happening) -> dict[str, Any]:
@@ -265,9 +265,8 @@ async def logs(request: Request) -> Response:
     """The last lines of the log, of everything or of one model."""
     ring = server_of(request).logs
     is_wanted = await _line_filter(request)
-    lines = [
-        {"number": number, **_line(line)} for number, line in ring.since(last_event_id(request) or 0) if is_wanted(line)
-    ]
+    after = last_event_id(request, ring) or 0
+    lines = [{"number": number, **_line(line)} for number, line in ring.since(after) if is_wanted(line)]
     return _json({"lines": lines, "last": ring.next_number - 1})
 
 
@@ -275,14 +274,15 @@ async def follow_logs(request: Request) -> Response:
     """The same as they are logged, as server-sent events."""
     is_wanted = await _line_filter(request)
     ring = server_of(request).logs
-    return RingStream(ring, last_event_id(request), lambda line: ("line", _line(line)) if is_wanted(line) else None)
+    after = last_event_id(request, ring)
+    return RingStream(ring, after, lambda line: ("line", _line(line)) if is_wanted(line) else None)
 
 
 async def _line_filter(request: Request) -> Callable[[LogLine], bool]:
     name = request.query_params.get("model", "")
     if not name:
         return lambda line: True
-    entry = await server_of(request).resolve(name, caller_of(request))
+    entry = await _named(request, name)
     names = frozenset({entry.runner, entry.name.display})
     return lambda line: line.is_about(names)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any, Final
@@ -21,10 +22,14 @@ _HEARTBEAT_SECONDS: Final = 15.0
 _HEADERS: Final = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
-def last_event_id(request: Request) -> int | None:
-    """Where a client broke off: its header ``Last-Event-ID``, or the parameter ``after``; None begins now."""
+def last_event_id(request: Request, ring: Ring[Any]) -> int | None:
+    """Where a client broke off: its header ``Last-Event-ID``, or the parameter ``after``, a number alone; None begins
+    now, and so does nonsense. With an id of another run everything is new."""
     last = request.headers.get("last-event-id") or request.query_params.get("after", "")
-    return int(last) if last.isascii() and last.isdigit() and len(last) < 19 else None
+    run, separator, number = last.rpartition("-")
+    if not re.fullmatch("[0-9]{1,18}", number):
+        return None
+    return int(number) if not separator or run == ring.run else 0
 
 
 class RingStream(Response):
@@ -76,4 +81,4 @@ class RingStream(Response):
         if described is None:
             return b""
         kind, data = described
-        return f"id: {number}\nevent: {kind}\ndata: ".encode() + msgspec.json.encode(data) + b"\n\n"
+        return f"id: {self._ring.run}-{number}\nevent: {kind}\ndata: ".encode() + msgspec.json.encode(data) + b"\n\n"

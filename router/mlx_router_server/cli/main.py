@@ -38,7 +38,12 @@ def main() -> None:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.prompt += rest  # argparse has given up on a list of words when a flag stood before it
     try:
-        settings = load_settings(flags_of(options), dict(os.environ), options.config)
+        # A service reads the settings of its unit.
+        settings = (
+            Settings()
+            if options.command is service.service
+            else load_settings(flags_of(options), dict(os.environ), options.config)
+        )
         command: Command = options.command
         status = command(options, settings)
     except SettingsError as error:

@@ -19,10 +19,10 @@ from mlx_router_server.cli.tables import print_json
 from mlx_router_server.files import replace_file
 from mlx_router_server.service.launchd import Launchd
 from mlx_router_server.service.manager import Manager, ServiceError, Status, missing
-from mlx_router_server.service.plan import plan_service
+from mlx_router_server.service.plan import ServicePlan, plan_service
 from mlx_router_server.service.systemd import Systemd
 from mlx_router_server.settings import Settings
-from mlx_router_server.settings_layers import load_settings
+from mlx_router_server.settings_layers import SettingsError, load_settings
 
 __all__ = ["service"]
 
@@ -64,12 +64,22 @@ class _Service:
             # The service is theirs, and so are the settings.
             environment["HOME"] = _home_of(self._user)
             environment.pop("XDG_CONFIG_HOME", None)
-        self._environment = environment
-        self._config: Path | None = options.config
         self._sandbox = not getattr(options, "no_sandbox", False)
         self._user_home = Path(environment.get("HOME") or Path.home())
-        self._settings = load_settings({}, environment, options.config)
         self._manager = self._choose(options.manager)
+        self._config: Path | None = options.config
+        if options.action != "install" and self._manager.file.exists():
+            # It was installed with settings of its own, and is to be found where those say.
+            carried, config = self._manager.carried()
+            environment = {**carried, **environment}
+            self._config = self._config or config
+        self._environment = environment
+        try:
+            self._settings = load_settings({}, environment, self._config)
+        except SettingsError:
+            if options.action in ("install", "start", "restart"):
+                raise
+            self._settings = Settings()  # nothing can start with those; it can be looked at and ended all the same
 
     def _choose(self, named: str | None) -> Manager:
         kind = named or ("launchd" if sys.platform == "darwin" else "systemd")
@@ -80,19 +90,18 @@ class _Service:
         if self._system and os.geteuid() != 0:
             raise ServiceError("a service of the machine is the administrator's: put sudo before the command")
 
-    def render(self) -> bytes:
-        plan = plan_service(
+    def _plan(self) -> ServicePlan:
+        return plan_service(
             self._settings, self._environment, self._config, system=self._system, user=self._user,
             user_home=self._user_home, sandbox=self._sandbox,
         )  # fmt: skip
-        self._home = plan.home
-        return self._manager.render(plan)
 
     # ------------------------------------------------------------------ install
 
     def install(self, *, dry_run: bool) -> int:
         """Write the unit, start it, ask it something; put back what was there before when it does not answer."""
-        unit = self.render()
+        plan = self._plan()
+        unit = self._manager.render(plan)
         if dry_run:
             sys.stdout.buffer.write(unit)
             return 0
@@ -100,25 +109,35 @@ class _Service:
         manager, file = self._manager, self._manager.file
         before = manager.status()
         self._refuse_strangers(before)
-        if not self._home.is_dir():
-            self._home.mkdir(parents=True, mode=0o700)
-            if self._system:
-                shutil.chown(self._home, self._user)
+        self._make_folders(plan)
         former = file.read_bytes() if file.exists() else None
         self._write(unit)
         try:
             manager.activate()
             said = self._qualify()
         except (ServiceError, KeyboardInterrupt) as error:
-            self._roll_back(former, before)
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
             kept = "the former service is back" if former is not None else "nothing is left of it"
+            try:
+                self._roll_back(former, before)
+            except ServiceError as second:
+                kept = f"what was there before could not be restored ({second})"
             raise ServiceError(f"the service does not work, and {kept}: {reason}") from None
         print(f"installed {file}")
         print(f"{self._settings.url} answers{said}")
         for hint in self._hints():
             print(hint)
         return 0
+
+    def _make_folders(self, plan: ServicePlan) -> None:
+        """Everything that the service needs to be there, each new folder its user's: it could not make them itself
+        where the unit shuts the rest of the disk away."""
+        for folder in (*plan.writable, *self._manager.folders):
+            missing_ones = [one for one in (folder, *folder.parents) if not one.exists()]
+            for one in reversed(missing_ones):
+                one.mkdir(mode=0o700 if one == plan.home else 0o755)
+                if self._system:
+                    shutil.chown(one, self._user, pwd.getpwnam(self._user).pw_gid)
 
     def _write(self, unit: bytes) -> None:
         replace_file(self._manager.file, unit)
@@ -136,7 +155,12 @@ class _Service:
     def _router_pid(self) -> int | None:
         try:
             return int(self._client().get("/admin/status")["router"]["pid"])
-        except (NoRouter, ApiError, KeyError, TypeError, ValueError):
+        except ApiError as error:
+            if error.status in (401, 403):
+                hint = "name a key of the scope admin in MLX_ROUTER_API_KEY"
+                raise ServiceError(f"{self._settings.url} answers: {error}; {hint}") from None
+            return None
+        except (NoRouter, KeyError, TypeError, ValueError):
             return None
 
     def _client(self, answer_seconds: float = _ASKING_SECONDS) -> Any:
@@ -151,7 +175,7 @@ class _Service:
             if found.pid is not None:
                 seen = time.monotonic()
             elif found.words.startswith("failed") or time.monotonic() - seen > _GONE_SECONDS:
-                words = " ".join(self._manager.logs(False))
+                words = " ".join(self._log_command(False))
                 raise ServiceError(f"it has ended, and is {found.words}; its last words are shown by `{words}`")
             if found.pid is not None and self._router_pid() == found.pid and self._is_ready():
                 break
@@ -161,8 +185,10 @@ class _Service:
         if not self._settings.demo_model:
             return ", and is ready"
         try:
-            body = {"model": "demo", "prompt": "Hello!", "stream": False}
-            answer = self._client(_QUALIFY_SECONDS).post("/api/generate", body)["response"]
+            client = self._client(_QUALIFY_SECONDS)
+            if not self._settings.on_demand:
+                client.post("/admin/models/demo/load")
+            answer = client.post("/api/generate", {"model": "demo", "prompt": "Hello!", "stream": False})["response"]
         except (ApiError, NoRouter, KeyError) as error:
             raise ServiceError(f"its demo model does not answer: {error}") from None
         if not answer.strip():
@@ -261,8 +287,11 @@ class _Service:
             print(f"{self._settings.url} {'answers' if answers else 'does not answer as this service'}")
         return 0 if found.running and answers else _NOT_RUNNING
 
+    def _log_command(self, follow: bool) -> list[str]:
+        return self._manager.logs(follow, self._settings.log_file)
+
     def logs(self, *, follow: bool) -> int:
-        command = self._manager.logs(follow)
+        command = self._log_command(follow)
         if missing(command[0]):
             raise ServiceError(f"{command[0]} is not on this machine")
         return subprocess.call(command)

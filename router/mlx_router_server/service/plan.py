@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from mlx_router_server import setting_kinds as kinds
+from mlx_router_server.catalogue.discovery import hub_cache
 from mlx_router_server.settings import Settings, describe_settings
 from mlx_router_server.settings_layers import SettingsError, home_folder
 
 __all__ = ["ServicePlan", "plan_service"]
 
-_CARRIED: Final = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_DOWNLOAD_TIMEOUT", "SSL_CERT_FILE")
+_CARRIED: Final = (
+    "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "HF_ENDPOINT", "HF_HUB_DOWNLOAD_TIMEOUT",
+    "SSL_CERT_FILE",
+)  # fmt: skip
 _LEAVING_SECONDS: Final = 30
 """Beyond the limits of draining and stopping: the router's own last words."""
 
@@ -29,13 +33,16 @@ class ServicePlan:
     home: Path
     """The router's state and configuration."""
     writable: tuple[Path, ...]
-    """Everything that the router writes to."""
+    """Folders that the router writes to; they are there before it starts."""
+    log_file: str
+    """Empty: the settings name none."""
     leave_seconds: int
     """Longest time from the signal to the end."""
     system: bool
     """For the machine, not for one user."""
     user: str
     """Whose the process is, of a service of the machine."""
+    user_home: Path
     sandbox: bool = True
     """Whether the manager shall shut the file system away, where it can."""
 
@@ -60,7 +67,6 @@ def plan_service(
                 "with `mlx-router keys add`"
             )
         carried[f"MLX_ROUTER_{field.name.upper()}"] = _text(field, getattr(settings, field.name))
-    hub = Path(environment.get("HF_HOME") or user_home / ".cache" / "huggingface").expanduser()
     return ServicePlan(
         command=(
             sys.executable, "-P", "-m", "mlx_router_server", "start",
@@ -68,11 +74,28 @@ def plan_service(
         ),
         environment=carried,
         home=home,
-        writable=(home, hub, *([Path(settings.log_file).expanduser().parent] if settings.log_file else [])),
+        writable=_writable(settings, environment, home, user_home),
+        log_file=settings.log_file,
         leave_seconds=round(settings.drain_timeout_seconds + settings.stop_timeout_seconds) + _LEAVING_SECONDS,
         system=system,
         user=user,
+        user_home=user_home,
         sandbox=sandbox,
+    )  # fmt: skip
+
+
+def _writable(settings: Settings, environment: dict[str, str], home: Path, user_home: Path) -> tuple[Path, ...]:
+    """Each once, and none that lies in another. A cache that is a link lies where it leads to as well."""
+    caches = {**environment, "XDG_CACHE_HOME": environment.get("XDG_CACHE_HOME") or str(user_home / ".cache")}
+    hub = hub_cache(caches)
+    huggingface = Path(environment.get("HF_HOME") or Path(caches["XDG_CACHE_HOME"]) / "huggingface").expanduser()
+    folders = [home, huggingface, hub, hub.resolve()]
+    if settings.log_file:
+        folders.append(Path(settings.log_file).expanduser().parent)
+    absolute = dict.fromkeys(folder.absolute() for folder in folders)
+    return tuple(
+        folder for folder in absolute
+        if not any(folder != other and folder.is_relative_to(other) for other in absolute)
     )  # fmt: skip
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Final
 
-from mlx_router_server.service.manager import Status, call
+from mlx_router_server.service.manager import LONGEST_LEAVE, Status, call, config_of
 from mlx_router_server.service.plan import ServicePlan
 
 __all__ = ["Systemd"]
@@ -28,6 +29,32 @@ class Systemd:
     @property
     def file(self) -> Path:
         return self._folder / UNIT
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return ()
+
+    def carried(self) -> tuple[dict[str, str], Path | None]:
+        variables: dict[str, str] = {}
+        config = None
+        for key, value in self._lines():
+            if key == "Environment":
+                for word in shlex.split(value.replace("%%", "%")):
+                    name, _, text = word.partition("=")
+                    variables[name] = text
+            elif key == "ExecStart":
+                config = config_of(shlex.split(value.replace("%%", "%").replace("$$", "$")))
+        return variables, config
+
+    def _lines(self) -> list[tuple[str, str]]:
+        pairs = (line.partition("=") for line in self.file.read_text(encoding="utf-8").splitlines())
+        return [(key, value) for key, separator, value in pairs if separator]
+
+    @property
+    def _leave_seconds(self) -> float:
+        """How long the unit lets the router take to end."""
+        said = dict(self._lines()) if self.file.exists() else {}
+        return max(float(said.get("TimeoutStopSec") or 0.0) + 10, LONGEST_LEAVE)
 
     def render(self, plan: ServicePlan) -> bytes:
         lines = [
@@ -80,24 +107,29 @@ class Systemd:
     def activate(self) -> None:
         call(*self._command, "daemon-reload")
         call(*self._command, "enable", UNIT)
-        call(*self._command, "reset-failed", UNIT, check=False)  # it may have no failures to forget
-        call(*self._command, "restart", UNIT, seconds=_START_SECONDS + 10)
+        self.restart()
 
     def forget(self) -> None:
         call(*self._command, "disable", UNIT, check=False)  # it may never have been enabled
-        call(*self._command, "stop", UNIT, check=False, seconds=600)
+        call(*self._command, "stop", UNIT, check=False, seconds=self._leave_seconds)
         self.file.unlink(missing_ok=True)
         call(*self._command, "daemon-reload")
         call(*self._command, "reset-failed", UNIT, check=False)
 
     def start(self) -> None:
+        self._forget_failures()
         call(*self._command, "start", UNIT, seconds=_START_SECONDS + 10)
 
     def stop(self) -> None:
-        call(*self._command, "stop", UNIT, seconds=600)
+        call(*self._command, "stop", UNIT, seconds=self._leave_seconds)
 
     def restart(self) -> None:
-        call(*self._command, "restart", UNIT, seconds=600)
+        self._forget_failures()
+        call(*self._command, "restart", UNIT, seconds=self._leave_seconds + _START_SECONDS)
+
+    def _forget_failures(self) -> None:
+        """What failed too often is not started again, by hand neither, before that; there may be none."""
+        call(*self._command, "reset-failed", UNIT, check=False)
 
     def status(self) -> Status:
         done = call(*self._command, "show", "--property=ActiveState,SubState,MainPID", UNIT)
@@ -105,9 +137,10 @@ class Systemd:
         pid = int(said.get("MainPID") or 0)
         active = said.get("ActiveState", "")
         words = f"{active} ({said['SubState']})" if said.get("SubState") else active
-        return Status(installed=self.file.exists(), running=active == "active", pid=pid or None, words=words)
+        running = active not in ("", "inactive", "failed")
+        return Status(installed=self.file.exists(), running=running, pid=pid or None, words=words)
 
-    def logs(self, follow: bool) -> list[str]:
+    def logs(self, follow: bool, log_file: str = "") -> list[str]:
         scope = "--unit" if self._system else "--user-unit"
         return ["journalctl", scope, UNIT, "--lines", "200", "--output", "cat", *(["--follow"] if follow else [])]
 

@@ -7,6 +7,7 @@ reader that has fallen behind loses nothing that the ring still has, and sees by
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Generic, TypeVar
@@ -22,6 +23,8 @@ class Ring(Generic[Item]):
     def __init__(self, kept: int) -> None:
         self._items: deque[Item] = deque(maxlen=kept)
         self._last = 0
+        self.run = secrets.token_hex(4)
+        """Whose numbers these are: those of a ring from before the router was started anew mean something else."""
         self._readers: set[asyncio.Event] = set()
         self._closed = False
 

@@ -38,6 +38,7 @@ function fit() {
 async function say() {
   const text = $("chat-text").value.trim();
   if (!text || stop) return;
+  const conversation = messages;  // a new one may be begun meanwhile
   const body = { model: $("chat-model").value, stream: true };
   if (!$("chat-think").disabled) body.think = $("chat-think").checked;
   try {
@@ -49,7 +50,7 @@ async function say() {
   const message = { role: "user", content: text };
   const file = $("chat-image-label").hidden ? null : $("chat-image").files[0];
   if (file) message.images = [await base64(file)];
-  messages.push(message);
+  conversation.push(message);
   const asked = turn("user", "You");
   if (file) asked.append(el("img", { src: URL.createObjectURL(file), alt: file.name }));
   asked.append(el("p", {}, text));
@@ -59,14 +60,14 @@ async function say() {
   const answer = turn("assistant", body.model);
   const told = { role: "assistant", content: "" };
   try {
-    await listen(await send("/api/chat", { method: "POST", body: { ...body, messages }, signal: stop.signal }), answer, told);
+    await listen(await send("/api/chat", { method: "POST", body: { ...body, messages: conversation }, signal: stop.signal }), answer, told);
   } catch (error) {
     const stopped = error.name === "AbortError";
     if (!stopped) answer.classList.add("failed");
     answer.append(el("p", { class: stopped ? "none" : "bad" }, stopped ? "stopped" : error.message));
   } finally {
-    if (told.content || told.tool_calls) messages.push(told);
-    else messages.pop();  // nothing was answered: the question is not part of what follows
+    if (told.content || told.tool_calls) conversation.push(told);
+    else conversation.pop();  // nothing was answered: the question is not part of what follows
     stop = null;
     $("chat-send").disabled = false; $("chat-stop").disabled = true;
   }
