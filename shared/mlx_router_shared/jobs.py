@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-__all__ = ["Job", "JobDone", "JobEvent", "JobFailed", "JobProgress", "JobStatus", "PullJob", "QuantizeJob"]
+__all__ = ["Job", "JobDone", "JobEvent", "JobFailed", "JobProgress", "JobStatus", "OURS", "PullJob", "QuantizeJob"]
+
+
+OURS = ".pulled-by-mlx-router"
+"""A file in the folder of a repository that was not in the cache before a job brought it."""
 
 
 class PullJob(Struct, frozen=True, kw_only=True, tag="pull"):

@@ -40,3 +40,4 @@ def test_without_on_demand_the_operator_loads_pins_and_plans(home: Path) -> None
         assert router.client.post("/admin/models/a/load")["state"] == "ready"
         assert router.generate("a")["done"]
         assert router.client.post("/admin/models/a/unload")["state"] == "unloaded"
+        router.client.post("/api/copy", {"source": "a", "destination": "b"})

@@ -343,17 +343,20 @@ def test_what_another_program_fetched_does_not_become_ours_by_a_pull(home: Path)
             assert _post(router, "/api/pull", model="tiny:1b", stream=False).status == 200
             assert call(router, "DELETE", "/api/delete", {"model": "tiny:1b"}).status == 200
             assert set(_names(router)) == {"demo:latest", f"{repo}:latest"}
-            # As if another program had fetched it.
-            (home / "store" / "pulled.json").unlink()
+            # Another program fetches it anew.
+            shutil.rmtree(folder)
+            shutil.copytree(DEMO_FOLDER, folder / "snapshots" / "abc")
+            (folder / "refs").mkdir()
+            (folder / "refs" / "main").write_text("abc")
             assert _post(router, "/api/pull", model="tiny:1b", stream=False).status == 200
             assert call(router, "DELETE", "/api/delete", {"model": "tiny:1b"}).status == 200
             assert folder.exists()
             refused = call(router, "DELETE", "/api/delete", {"model": repo})
             assert (refused.status, "other programs" in refused.json()["error"]) == (400, True)
             assert call(router, "DELETE", "/api/delete", {"model": repo, "force": True}).status == 200
-            # A pull of which nothing came says nothing of whose a later one is.
-            assert _post(router, "/api/pull", model="org/nosuch", stream=False).status == 404
-            assert "nosuch" not in (home / "store" / "pulled.json").read_text()
+            assert not folder.exists()
+            assert _post(router, "/api/pull", model=repo, stream=False).status == 200
+            assert call(router, "DELETE", "/api/delete", {"model": repo}).status == 200, "now it is ours"
 
 
 def test_a_pulled_or_created_model_outlives_the_router_and_a_lost_base_is_told(home: Path, tmp_path: Path) -> None:

@@ -123,6 +123,8 @@ def test_a_service_lives_through_what_happens_to_it(machine: _Machine) -> None:
     assert "its demo model says: Hello" in installed.stdout
     first = machine.status()
     assert (first["running"], first["answers"], first["installed"]) == (True, True, True)
+    elsewhere = machine.run("status", OLLAMA_HOST="127.0.0.1:2", MLX_ROUTER_PORT="3")
+    assert elsewhere.returncode == 0, "what this shell says is not what the service was told"
 
     assert (machine.home / "hf").is_dir(), "a unit that shuts the disk away could not make it"
     os.kill(first["pid"], signal.SIGKILL)
@@ -279,16 +281,23 @@ def test_what_the_router_writes_to_is_open_to_it_wherever_it_lies(tmp_path: Path
 def test_folders_that_are_made_for_a_service_of_the_machine_are_its_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLX_ROUTER_HOME", str(tmp_path / "theirs" / ".config" / "mlx-router"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "theirs" / "hf"))
+    """Others are not, of a disk that may not be there yet."""
+    theirs = tmp_path / "theirs"
+    monkeypatch.setattr("mlx_router_server.cli.service._home_of", lambda user: str(theirs))
+    monkeypatch.setenv("MLX_ROUTER_HOME", str(theirs / ".config" / "mlx-router"))
+    monkeypatch.setenv("HF_HOME", str(theirs / "hf"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "disk" / "hub"))
+    monkeypatch.setenv("MLX_ROUTER_LOG_FILE", str(theirs / "elsewhere" / "router.log"))
     user = pwd.getpwnam("nobody")
-    (tmp_path / "theirs").mkdir()
+    theirs.mkdir()
+    (theirs / "elsewhere").symlink_to(tmp_path / "disk")
     chosen = _Service(Namespace(system=True, user="nobody", config=None, manager="systemd", action="install"))
     chosen._make_folders(chosen._plan())
     for folder in (".config", ".config/mlx-router", "hf"):
-        found = (tmp_path / "theirs" / folder).stat()
+        found = (theirs / folder).stat()
         assert (found.st_uid, found.st_gid) == (user.pw_uid, user.pw_gid), folder
-    assert (tmp_path / "theirs" / ".config" / "mlx-router").stat().st_mode & 0o777 == 0o700
+    assert (theirs / ".config" / "mlx-router").stat().st_mode & 0o777 == 0o700
+    assert not (tmp_path / "disk").exists()
 
 
 def test_a_key_that_is_wanted_is_asked_for_and_not_waited_for(machine: _Machine) -> None:

@@ -124,7 +124,9 @@ def test_a_key_for_some_models_neither_lists_nor_uses_others(locked: RouterProce
 def test_a_key_for_some_models_does_not_reach_others_by_making_fetching_or_copying(home: Path) -> None:
     text, key = make_key("narrow", [Scope.INFERENCE, Scope.PULL], ("mine-*",))
     write_keys(keys_file(home), [key])
-    with running_router(home, "--standby-workers", "0") as router:
+    (home / "config.toml").write_text('[model_aliases]\n"short:1b" = "mine-org/Y"\n')
+    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    with running_router(home, "--standby-workers", "0", variables=unreachable) as router:
         for path, body, status in (
             ("/api/create", {"model": "mine-x", "from": "demo"}, 404),
             ("/api/create", {"model": "mine-x", "from": "nosuch"}, 404),
@@ -133,6 +135,9 @@ def test_a_key_for_some_models_does_not_reach_others_by_making_fetching_or_copyi
             ("/api/copy", {"source": "mine-x", "destination": "theirs"}, 403),
             ("/api/pull", {"model": "org/theirs"}, 403),
             ("/api/pull", {"model": "mine-y"}, 404),
+            ("/api/pull", {"model": "hf.co/mine-org/X"}, 503),
+            ("/api/pull", {"model": "hf.co/org/X"}, 403),
+            ("/api/pull", {"model": "short:1b"}, 503),
         ):
             reply = call(router, "POST", path, {**body, "stream": False}, x_api_key=text)
             assert reply.status == status, (path, body, reply.body)

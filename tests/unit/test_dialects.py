@@ -145,6 +145,8 @@ def test_kept_responses_are_bounded_in_number_time_and_size() -> None:
     assert len(store) <= 3
     _put(store, "huge", "z" * 70_000_000, most=100)
     assert store.get("huge") is None
+    store.put({"id": "large", "number": 2**64}, [], [{"number": 2**64}], most=100, seconds=10)
+    assert store.get("large") is not None
     store.put({"id": "dropped"}, [], [{"x": "z" * 70_000_000}], most=100, seconds=10)
     assert store.get("dropped") is None, "what came in is counted too"
     assert store.delete("big3") is True
@@ -183,6 +185,16 @@ _NULLS: dict[str, tuple[Callable[[bytes], Any], dict[str, Any]]] = {
 def test_a_null_is_absence_at_any_depth(api: str) -> None:
     parse, body = _NULLS[api]
     assert parse(json.dumps(body).encode())
+
+
+@pytest.mark.parametrize("depth", [10, 500, 900])
+@pytest.mark.parametrize("field", ["stream_options", "messages"])
+def test_brackets_within_brackets_are_refused(field: str, depth: int) -> None:
+    body: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream_options": {}}
+    nested = "[" * depth + "]" * depth
+    text = json.dumps(body | {field: "HERE"}).replace('"HERE"', nested)
+    with pytest.raises(InvalidRequest):
+        parse_chat_completion(text.encode())
 
 
 def test_nulls_of_arguments_and_schemas_are_kept() -> None:

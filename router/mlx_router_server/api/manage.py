@@ -109,16 +109,22 @@ def _part(line: dict[str, Any]) -> dict[str, Any]:
     return {"type": "http.response.body", "body": msgspec.json.encode(line) + b"\n", "more_body": True}
 
 
-def _check_may_make(request: Request, name: ModelName) -> None:
+def _names(request: Request, name: ModelName) -> tuple[str, ...]:
+    """What a key's list may call a model that need not be here: by its name, or by the repository it stands for."""
+    repository = server_of(request).catalogue.repository(name)
+    return (*name.spellings, *((repository,) if repository is not None else ()))
+
+
+def _check_may_make(request: Request, names: tuple[str, ...]) -> None:
     """A key with a list of models neither fetches, makes nor replaces one beyond it. Raises ``Forbidden``."""
-    if not caller_of(request).may_use(name.spellings):
-        raise Forbidden(f"this key is for other models than {name.display!r}")
+    if not caller_of(request).may_use(names):
+        raise Forbidden(f"this key is for other models than {names[0]!r}")
 
 
 async def pull(request: Request) -> Progress:
     asked, lines, ignored = parse_pull(await read_body(request))
     name = parse_name(asked)
-    _check_may_make(request, name)
+    _check_may_make(request, _names(request, name))
     models = _models(request)
     await server_of(request).catalogue.wait_ready()
     work = models.pull(name)
@@ -138,13 +144,13 @@ async def _begun(work: AsyncGenerator[JobEvent, None]) -> AsyncGenerator[JobEven
 async def create(request: Request) -> Progress:
     asked = parse_create(await read_body(request))
     name = parse_name(asked.model)
-    _check_may_make(request, name)
+    _check_may_make(request, name.spellings)
     catalogue = server_of(request).catalogue
     await catalogue.wait_ready()
     if asked.base:
         base = parse_name(asked.base)
         entry = catalogue.find(base)
-        if not caller_of(request).may_use(entry.names if entry is not None else base.spellings):
+        if not caller_of(request).may_use(entry.names if entry is not None else _names(request, base)):
             raise ModelNotFound(f"model '{asked.base}' not found, or not allowed with this key", param="from")
     creation = Creation(
         name=name,
@@ -180,10 +186,10 @@ async def copy(request: Request) -> Response:
     source, destination = parse_copy(await read_body(request))
     _name(source, f'source "{source}" is invalid')
     target = _name(destination, f'destination "{destination}" is invalid')
-    _check_may_make(request, target)
+    _check_may_make(request, target.spellings)
     models = _models(request)
     try:
-        entry = await server_of(request).resolve(source, caller_of(request))
+        entry = await server_of(request).resolve(source, caller_of(request), by_operator=True)  # it loads nothing
     except ModelNotFound:
         raise ModelNotFound(f'model "{source}" not found', param="source") from None
     await models.copy(entry, target)

@@ -44,8 +44,11 @@ class ResponseStore:
         most: int, seconds: float,
     ) -> None:  # fmt: skip
         """Keep a response for so long, and at most so many of them; one that is too large alone is not kept."""
-        size = sum(len(msgspec.msgpack.encode(part)) for part in (response, messages, input_items))
-        if most <= 0 or size > _MOST_BYTES:
+        if most <= 0:
+            return
+        # As JSON: MessagePack has no numbers as large as a schema may hold.
+        size = len(msgspec.msgpack.encode(messages)) + sum(len(msgspec.json.encode(p)) for p in (response, input_items))
+        if size > _MOST_BYTES:
             return
         self._forget_old(most - 1, _MOST_BYTES - size)
         self._stored[response["id"]] = Stored(response, messages, input_items, self._now() + seconds, size)

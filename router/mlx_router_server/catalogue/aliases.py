@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from mlx_router_server.catalogue.names import DEFAULT_HOST, ModelName, parse_name
+from mlx_router_server.catalogue.names import DEFAULT_HOST, HUB_HOSTS, ModelName, parse_name
 
-__all__ = ["HUB_HOSTS", "SHIPPED", "keyed", "repository_of"]
+__all__ = ["SHIPPED", "keyed", "repository_of"]
 
-HUB_HOSTS: Final = frozenset({"hf.co", "huggingface.co"})
 _MLX: Final = "mlx-community/"
 _TABLE: Final = """
 qwen3            Qwen3-8B-4bit

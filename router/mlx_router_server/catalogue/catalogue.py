@@ -12,10 +12,10 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from mlx_router_server.catalogue.aliases import HUB_HOSTS, repository_of
+from mlx_router_server.catalogue.aliases import repository_of
 from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.catalogue.index import DEMO_FOLDER, Index, IndexBuilder, Registered, Sources, Unservable
-from mlx_router_server.catalogue.names import DEFAULT_HOST, ModelName, parse_name
+from mlx_router_server.catalogue.names import ModelName, parse_name
 from mlx_router_server.catalogue.store import Store
 from mlx_router_shared.errors import InvalidRequest, ModelNotFound
 
@@ -107,10 +107,7 @@ class Catalogue:
     def find(self, name: ModelName) -> ModelEntry | None:
         """A model by its name or another name of it."""
         entry = self._index.entries.get(self._index.aliases.get(name.key, name.key))
-        if entry is None and name.host.lower() in HUB_HOSTS:
-            # hf.co/org/name is what some people call org/name.
-            return self._index.entries.get(ModelName(DEFAULT_HOST, name.namespace, name.model, name.tag).key)
-        return entry
+        return entry or self._index.entries.get(name.plain.key)
 
     def find_exactly(self, name: ModelName) -> ModelEntry | None:
         """A model by its own name only."""

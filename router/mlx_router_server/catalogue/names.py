@@ -6,14 +6,15 @@ A requested name is only ever a key. It is never a path, never part of one, and 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from mlx_router_shared.errors import InvalidRequest
 
-__all__ = ["DEFAULT_HOST", "ModelName", "parse_name"]
+__all__ = ["DEFAULT_HOST", "HUB_HOSTS", "ModelName", "parse_name"]
 
 DEFAULT_HOST: Final = "registry.ollama.ai"
+HUB_HOSTS: Final = frozenset({"hf.co", "huggingface.co"})
 _DEFAULT_NAMESPACE: Final = "library"
 _DEFAULT_TAG: Final = "latest"
 _LONGEST: Final = 600
@@ -47,9 +48,15 @@ class ModelName:
         return f"{prefix}{self.model}:{self.tag}"
 
     @property
-    def spellings(self) -> tuple[str, str]:
-        """As people write it: with its tag, and without where that is the usual one."""
-        return self.display, self.display.removesuffix(":latest")
+    def plain(self) -> ModelName:
+        """``hf.co/org/name`` is what some people call ``org/name``."""
+        return replace(self, host=DEFAULT_HOST) if self.host.lower() in HUB_HOSTS else self
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """As people write it: with its tag, and without where that is the usual one; with the hub and without."""
+        names = (self.display, self.plain.display)
+        return tuple(dict.fromkeys(text for name in names for text in (name, name.removesuffix(":latest"))))
 
     @property
     def full(self) -> str:

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from msgspec import Struct, field
@@ -62,11 +62,8 @@ class Pulled(Struct, frozen=True, kw_only=True):
     """A repository that this server was told to pull."""
 
     repository: str
-    revision: str = ""
-    """Empty until a first pull has ended."""
+    revision: str
     pulled_at: float = 0.0
-    ours: bool = False
-    """Nothing of it was in the cache before: no other program asked for it."""
     by_name: bool = False
     """It was pulled by its own name, and not only by a short one."""
 
@@ -207,24 +204,19 @@ class Store:
             return {}
         return {record.repository.lower(): record for record in records}
 
-    def note_pull_begins(self, repository: str, *, ours: bool) -> None:
-        """Unless one began before, and its word holds. Raises ``OSError``."""
-        records = self.pulled()
-        if repository.lower() not in records:
-            self._write_pulled({**records, repository.lower(): Pulled(repository=repository, ours=ours)})
-
     def note_pulled(self, repository: str, revision: str) -> None:
         """Raises ``OSError``."""
-        self._change_pulled(repository, revision=revision, pulled_at=time.time())
+        records = self.pulled()
+        known = records.get(repository.lower())
+        record = Pulled(repository=repository, revision=revision, pulled_at=time.time(),
+                        by_name=known is not None and known.by_name)  # fmt: skip
+        self._write_pulled({**records, repository.lower(): record})
 
     def note_pulled_by_name(self, repository: str) -> None:
-        """Raises ``OSError``."""
-        self._change_pulled(repository, by_name=True)
-
-    def _change_pulled(self, repository: str, **changes: Any) -> None:
+        """Of one that was noted before. Raises ``OSError``."""
         records = self.pulled()
-        record = records.get(repository.lower()) or Pulled(repository=repository)
-        self._write_pulled({**records, repository.lower(): msgspec.structs.replace(record, **changes)})
+        if (known := records.get(repository.lower())) is not None:
+            self._write_pulled({**records, repository.lower(): msgspec.structs.replace(known, by_name=True)})
 
     def forget_pulled(self, repository: str) -> None:
         records = self.pulled()

@@ -71,7 +71,7 @@ class _Service:
         if options.action != "install" and self._manager.file.exists():
             # It was installed with settings of its own, and is to be found where those say.
             carried, config = self._manager.carried()
-            environment = {**carried, **environment}
+            environment = {**{name: environment[name] for name in environment if not _is_setting(name)}, **carried}
             self._config = self._config or config
         self._environment = environment
         try:
@@ -130,10 +130,13 @@ class _Service:
         return 0
 
     def _make_folders(self, plan: ServicePlan) -> None:
-        """Everything that the service needs to be there, each new folder its user's: it could not make them itself
-        where the unit shuts the rest of the disk away."""
-        for folder in (*plan.writable, *self._manager.folders):
+        """What the service needs to be there, each new folder its user's: it could not make them itself where the unit
+        shuts the rest of the disk away. Elsewhere than at home nothing is made: a disk may not be mounted yet."""
+        for folder in (plan.home, *plan.writable, *self._manager.folders):
             missing_ones = [one for one in (folder, *folder.parents) if not one.exists()]
+            at_home = folder.is_relative_to(plan.home) or folder.is_relative_to(self._user_home)
+            if not at_home or any(one.is_symlink() for one in missing_ones):
+                continue
             for one in reversed(missing_ones):
                 one.mkdir(mode=0o700 if one == plan.home else 0o755)
                 if self._system:
@@ -146,17 +149,18 @@ class _Service:
 
     def _refuse_strangers(self, before: Status) -> None:
         """Whoever answers at the address has to be the service itself, or what is seen there means nothing."""
-        pid = self._router_pid()
+        pid = self._router_pid(has_to_say=True)
         if pid is not None and pid != before.pid:
             raise ServiceError(
                 f"another router answers at {self._settings.url} (pid {pid}): end it with `mlx-router stop` first"
             )
 
-    def _router_pid(self) -> int | None:
+    def _router_pid(self, *, has_to_say: bool = False) -> int | None:
+        """Of whoever answers. ``has_to_say``: raise when it wants another key for that."""
         try:
             return int(self._client().get("/admin/status")["router"]["pid"])
         except ApiError as error:
-            if error.status in (401, 403):
+            if has_to_say and error.status in (401, 403):
                 hint = "name a key of the scope admin in MLX_ROUTER_API_KEY"
                 raise ServiceError(f"{self._settings.url} answers: {error}; {hint}") from None
             return None
@@ -177,7 +181,7 @@ class _Service:
             elif found.words.startswith("failed") or time.monotonic() - seen > _GONE_SECONDS:
                 words = " ".join(self._log_command(False))
                 raise ServiceError(f"it has ended, and is {found.words}; its last words are shown by `{words}`")
-            if found.pid is not None and self._router_pid() == found.pid and self._is_ready():
+            if found.pid is not None and self._router_pid(has_to_say=True) == found.pid and self._is_ready():
                 break
             if time.monotonic() > end:
                 raise ServiceError(f"it is not ready after {_QUALIFY_SECONDS:g} s ({found.words})")
@@ -295,6 +299,11 @@ class _Service:
         if missing(command[0]):
             raise ServiceError(f"{command[0]} is not on this machine")
         return subprocess.call(command)
+
+
+def _is_setting(variable: str) -> bool:
+    """Whether a router would take it for one of its settings; those of this shell are not the service's."""
+    return variable != "MLX_ROUTER_API_KEY" and variable.startswith(("MLX_ROUTER_", "OLLAMA_", "HF_", "XDG_CACHE_"))
 
 
 def _home_of(user: str) -> str:

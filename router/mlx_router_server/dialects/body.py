@@ -46,6 +46,8 @@ def convert(data: Any, kind: type[_Body], prefix: str = "") -> _Body:
     names the field."""
     try:
         return msgspec.convert(_present(data, kind), kind)
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply", param=prefix.rstrip(".") or None) from None
     except msgspec.ValidationError as error:
         text = str(error)
         match = _PATH.search(text)

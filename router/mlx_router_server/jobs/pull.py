@@ -31,7 +31,7 @@ from mlx_router_server.catalogue.inspect import NotServable, check_config, read_
 from mlx_router_server.jobs.hub_errors import Refused, explain
 from mlx_router_shared.codec import decode_job, encode_job_event
 from mlx_router_shared.errors import ErrorCode
-from mlx_router_shared.jobs import JobDone, JobEvent, JobProgress, JobStatus, PullJob
+from mlx_router_shared.jobs import OURS, JobDone, JobEvent, JobProgress, JobStatus, PullJob
 
 __all__ = ["main", "needed_files"]
 
@@ -110,6 +110,7 @@ class Pull:
                 ErrorCode.INVALID_REQUEST, f"{self._job.repository} has {kinds}: this server runs models in MLX layout"
             )
         self._check_room(files)
+        self._mark()
         self._fetch_others(others, commit)
         self._check_content(commit)
         with ThreadPoolExecutor(max(self._job.streams, 1)) as pool:
@@ -140,6 +141,12 @@ class Pull:
                 ErrorCode.INSUFFICIENT_STORAGE,
                 f"not enough disk space: {missing} bytes are to be fetched, and {free} are free where the cache is",
             )
+
+    def _mark(self) -> None:
+        """Say in the repository's folder itself that nothing of it was here before: no other program asked for it."""
+        if not self._folder.exists():
+            self._folder.mkdir(parents=True)
+            (self._folder / OURS).touch()
 
     # ----------------------------------------------------------- small files
 

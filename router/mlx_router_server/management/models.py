@@ -78,26 +78,13 @@ class Models:
             yield JobStatus(text="pulling manifest")
             yield JobDone()
             return
-        await self._note_begin(job)
         async with aclosing(self._pulls.follow(job)) as events:
             async for event in events:
                 if isinstance(event, JobFailed):
-                    await self._forget_if_nothing_came(job)
                     raise error_from_code(event.code, event.message)
                 if isinstance(event, JobDone):
                     await self._note_name(name, job.repository)
                 yield event
-
-    async def _note_begin(self, job: PullJob) -> None:
-        """Whose the repository is can be told only now: later there are files of ours in it."""
-        async with self.changing:
-            there = await asyncio.to_thread(_folder_of(job).exists)
-            await asyncio.to_thread(self.store.note_pull_begins, job.repository, ours=not there)
-
-    async def _forget_if_nothing_came(self, job: PullJob) -> None:
-        async with self.changing:
-            if not await asyncio.to_thread(_folder_of(job).exists):
-                await asyncio.to_thread(self.store.forget_pulled, job.repository)
 
     async def _note_pulled(self, job: PullJob, done: JobDone) -> None:
         async with self.changing:
@@ -160,8 +147,3 @@ class Models:
                 created_at=time.time(),
             )
         )
-
-
-def _folder_of(job: PullJob) -> Path:
-    """Where the Hugging Face cache has a repository."""
-    return Path(job.cache) / f"models--{job.repository.replace('/', '--')}"

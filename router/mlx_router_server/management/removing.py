@@ -14,6 +14,7 @@ from mlx_router_server.catalogue.names import parse_name
 from mlx_router_server.catalogue.store import Manifest
 from mlx_router_server.management.models import Models
 from mlx_router_shared.errors import InvalidRequest
+from mlx_router_shared.jobs import OURS
 
 __all__ = ["Remover"]
 
@@ -65,7 +66,7 @@ class Remover:
         if base is not None and base.source == "hub" and not self._needed(base, others):
             record = (await asyncio.to_thread(self._models.store.pulled)).get(_repository(base))
             # The short name stood for what was pulled by it; it goes along if nobody else has asked for it.
-            if record is not None and record.ours and not record.by_name:
+            if record is not None and not record.by_name and await asyncio.to_thread(_is_ours, base):
                 freed += await self._remove_repository(base)
         return freed
 
@@ -74,9 +75,7 @@ class Remover:
             raise InvalidRequest(
                 f"model '{entry.name.display}' is needed by {', '.join(needed)}: delete that first", param="model"
             )
-        pulled = await asyncio.to_thread(self._models.store.pulled)
-        record = pulled.get(_repository(entry))
-        if not force and not (record is not None and record.ours):
+        if not force and not await asyncio.to_thread(_is_ours, entry):
             raise InvalidRequest(
                 f"model '{entry.name.display}' was not pulled by this server, and other programs may use its files in "
                 'the Hugging Face cache: delete it all the same with "force": true (mlx-router rm --force)',
@@ -99,7 +98,7 @@ class Remover:
         return sorted({*created, *configured})
 
     async def _remove_repository(self, entry: ModelEntry) -> int:
-        folder = entry.path.parent.parent  # <repository>/snapshots/<revision>
+        folder = _folder_of(entry)
         assert self._models.cache is not None
         assert folder.parent == self._models.cache
         assert folder.name.startswith("models--")
@@ -109,6 +108,15 @@ class Remover:
         await asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True)
         await asyncio.to_thread(self._models.store.forget_pulled, _repository(entry))
         return freed
+
+
+def _folder_of(entry: ModelEntry) -> Path:
+    return entry.path.parent.parent  # <repository>/snapshots/<revision>
+
+
+def _is_ours(entry: ModelEntry) -> bool:
+    """Whether this server brought the first of it. The mark goes with the files, whoever removes them."""
+    return (_folder_of(entry) / OURS).exists()
 
 
 def _repository(entry: ModelEntry) -> str:

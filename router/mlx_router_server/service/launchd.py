@@ -153,5 +153,6 @@ class Launchd:
         )
 
     def logs(self, follow: bool, log_file: str = "") -> list[str]:
-        files = (str(self._early_log), log_file or str(self._logs / "router.log"))
+        own = Path(log_file).expanduser() if log_file else self._logs / "router.log"
+        files = (str(self._early_log), str(own))
         return ["tail", "-n", "200", *(["-F"] if follow else []), *files]
