@@ -217,6 +217,10 @@ class Settings:
         60.0, kinds.seconds, "Longest time for a request to arrive: its headers, and then each part of its body.",
         unit="seconds",
     )  # fmt: skip
+    reading_timeout_seconds: float = _setting(
+        120.0, kinds.seconds, "Longest time that a client may leave unread what was sent to it, or 0.",
+        unit="seconds",
+    )  # fmt: skip
     log_level: str = _setting(
         "info", kinds.one_of("debug", "info", "warning", "error"), "Least important lines to log."
     )

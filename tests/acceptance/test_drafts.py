@@ -71,6 +71,18 @@ def _usage(events: list[Event]) -> Usage:
     return usage
 
 
+def test_a_seed_draws_the_same_with_the_lane_free_or_taken(engine: MlxEngine) -> None:
+    def draw(before: int) -> str:
+        out: dict[str, list[Event]] = {}
+        for number in range(before):
+            engine.submit(f"other{number}", _ask("Tell me a long story."))
+        engine.submit("r", _ask("Hello!", sampling=Sampling(seed=7, temperature=2.0), max_tokens=20))
+        _play(engine, out)
+        return _text(out["r"])
+
+    assert draw(0) == draw(1)
+
+
 def test_right_guesses_save_steps_and_change_nothing(engine: MlxEngine) -> None:
     out: dict[str, list[Event]] = {}
     engine.submit("r", _ask("Tell me a long story.", top_logprobs=0))

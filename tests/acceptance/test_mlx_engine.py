@@ -24,7 +24,7 @@ from mlx_router_shared.generation import (
     Usage,
 )
 from mlx_router_shared.protocol import Load
-from mlx_router_worker.mlx_engine import MlxEngine
+from mlx_router_worker.mlx_engine import PREFILL_TOKENS, MlxEngine
 from tests.tiny_models.random_model import make_random_model
 from tests.tiny_models.script import GREETING, LONG_STORY
 
@@ -170,6 +170,24 @@ def test_what_would_break_a_step_is_refused_before_it(
     with pytest.raises(error):
         engine.submit("bad", request_)
     assert engine.streams == 0
+
+
+def test_prompts_that_come_together_share_the_bound_of_a_step(tmp_path: Path) -> None:
+    """Whoever is being answered meanwhile waits for one step, however many prompts are in it."""
+    folder = make_random_model(tmp_path / "m", size_bytes=1_000_000)
+    engine = MlxEngine(lambda data: None)
+    engine.load(Load(model="m", path=str(folder), context_tokens=4096, parallel=8), lambda *stage: None)
+    for number in range(8):
+        engine.submit(f"r{number}", GenerationRequest(prompt="word " * 500, max_tokens=1))
+    counters: Any = engine._generator._counters  # type: ignore[union-attr]  # no other figure tells of one step
+    read, steps = 0, []
+    while engine.streams:
+        engine.step()
+        steps.append(counters.prompt_tokens - read)
+        read = counters.prompt_tokens
+    engine.close()
+    assert max(steps) <= PREFILL_TOKENS
+    assert read >= 8 * 1500 - 8
 
 
 def test_ids_that_the_model_has_and_its_tokenizer_has_not(tmp_path: Path) -> None:

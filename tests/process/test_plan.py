@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.command import command_on
 from tests.support.fakes import fake_config
 from tests.support.http import call
@@ -18,6 +20,22 @@ def _plan(router: RouterProcess, model: str) -> dict[str, object]:
     assert reply.status == 200, reply.body
     found: dict[str, object] = reply.json()
     return found
+
+
+@pytest.mark.req("R13")
+def test_a_peak_of_many_requests_makes_no_model_too_large(home: Path) -> None:
+    """It fits by its files, and did so before; what it once took beyond that has others leave, and no more."""
+    arguments = ("--standby-workers", "0", "--memory-budget", "300MB")
+    with running_router(home, *arguments) as router:
+        router.generate("demo")
+    file = home / "measured.json"
+    known = json.loads(file.read_text())
+    assert len(known) == 1
+    file.write_text(json.dumps({key: entry | {"peak_bytes": 900 * _MB} for key, entry in known.items()}))
+    with running_router(home, *arguments) as router:
+        planned = _plan(router, "demo")
+        assert (planned["action"], planned["fits"]) == ("load", True)
+        assert router.generate("demo")["done"]
 
 
 def test_a_plan_tells_what_would_happen_and_does_nothing(home: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -150,6 +153,35 @@ def test_public_errors_name_no_folders_and_the_operator_sees_them(home: Path) ->
             assert b"/private" not in reply.body
             router.wait_state("a", "backoff")
         assert router.model("a")["last_failure"]["reason"] == secret
+
+
+@pytest.mark.req("R46")
+def test_counting_tokens_is_watched_like_everything_else(home: Path) -> None:
+    """A process of its own does it, for all models; one that does not get on is replaced."""
+    path, body = "/v1/messages/count_tokens", {"model": "demo", "messages": [{"role": "user", "content": "Hello!"}]}
+    with running_router(home, "--standby-workers", "0", "--stall-timeout-seconds", "1") as router:
+        counted = call(router, "POST", path, body).json()
+        (counter,) = router.children()
+        os.kill(counter.pid, signal.SIGSTOP)
+        stalled = call(router, "POST", path, body)
+        assert (stalled.status, "made no progress" in stalled.json()["error"]["message"]) == (500, True), stalled.body
+        assert call(router, "POST", path, body).json() == counted
+        wait_until(lambda: not counter.is_running(), "the frozen one is gone")
+
+
+@pytest.mark.req("R7")
+def test_a_counter_that_was_given_up_before_it_said_hello_is_no_counter(home: Path) -> None:
+    path = "/v1/messages/count_tokens"
+    body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hello!"}]}).encode()
+    head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(body))
+    with running_router(home, "--standby-workers", "0") as router:
+        parts = urlsplit(router.url)
+        wait_until(lambda: call(router, "GET", "/ready").status == 200, "the models are known")
+        with socket.create_connection((parts.hostname or "", parts.port or 0)) as first:
+            first.sendall(head + body)
+            wait_until(router.children, "it is started")
+        assert call(router, "POST", path, body).json()["input_tokens"] > 0
+        wait_until(lambda: len(router.children()) == 1, "one is left")
 
 
 @pytest.mark.req("R14")

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tests.support.command import command
+from tests.support.fakes import fake_config
 from tests.support.http import call
 from tests.support.router import DEADLINE, RouterProcess, running_router, wait_until
 
@@ -127,6 +128,21 @@ def test_slow_and_silent_clients_are_let_go(home: Path) -> None:
         assert b"408" in _read_all(silent)
         assert b"408" in _read_all(body)
         assert call(router, "GET", "/api/tags").status == 200
+
+
+@pytest.mark.req("R10", "R52")
+def test_a_client_that_does_not_read_its_answer_is_let_go(home: Path) -> None:
+    """It keeps its connection, and with it a place with the model."""
+    script = {"tokens": 10_000_000, "tokens_per_second": 20_000, "context_tokens": 10_000_100}
+    arguments = fake_config(home, {"a": script}, reading_timeout_seconds=1.0)
+    with running_router(home, *arguments) as router:
+        body = b'{"model":"a","prompt":"go"}'
+        head = b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+        with _connect(router) as connection:
+            connection.sendall(head + body)
+            assert connection.recv(10)
+            router.wait_line("client_stalled")
+            wait_until(lambda: router.model("a")["in_flight"] == 0, "its place is free")
 
 
 @pytest.mark.req("R52")

@@ -19,6 +19,7 @@ from mlx_router_server.lifecycle.events import (
     LeaseReturned,
     Moved,
     Refuse,
+    ShutdownHastened,
     ShutdownRequested,
     StartWorker,
     StopWorker,
@@ -288,3 +289,31 @@ def test_only_transitions_of_the_table_are_legal(old: State, new: State) -> None
     else:
         with pytest.raises(IllegalTransition, match=f"m: {old} -> {new}"):
             check_transition("m", old, new)
+
+
+@pytest.mark.req("R10", "R52")
+def test_a_stream_that_nobody_reads_holds_no_model_beyond_the_drain_limit() -> None:
+    """It is told to end; whoever does not take that either is not waited for."""
+    bench = Bench(max_loaded_models=1, cancel_at_drain_limit=True, drain_timeout_seconds=10.0)
+    worker = bench.load("t1", "a")
+    bench.request("t2", "b")
+    bench.now += 10
+    assert [type(effect) for effect in bench.tell(Ticked())] == [CancelStreams]
+    assert bench.tell(Ticked()) == [], "a moment to hear it"
+    bench.now = bench.lifecycle.next_deadline()
+    (stop,) = bench.tell(Ticked())
+    assert isinstance(stop, StopWorker)
+    (start,) = bench.tell(WorkerReclaimed(worker=worker))
+    assert isinstance(start, StartWorker)
+    assert bench.tell(LeaseReturned(ticket="t1")) == [], "late, and of no worker any more"
+
+
+@pytest.mark.req("R10", "R52")
+def test_a_hastened_end_waits_for_no_reader() -> None:
+    bench = Bench()
+    bench.load("t1", "a")
+    bench.tell(ShutdownRequested())
+    assert [type(effect) for effect in bench.tell(ShutdownHastened())] == [CancelStreams]
+    assert bench.tell(ShutdownHastened()) == [], "once"
+    bench.now = bench.lifecycle.next_deadline()
+    assert [type(effect) for effect in bench.tell(Ticked())] == [StopWorker]

@@ -188,6 +188,28 @@ def test_who_unloads_a_model_in_use_is_still_known_when_it_leaves(by_client: boo
     assert (stop.cause, stop.reason) == (cause, "no longer needed")
 
 
+def test_an_unload_of_a_model_that_drains_for_another_holds_when_it_stays_after_all() -> None:
+    bench = Bench(max_loaded_models=1)
+    bench.load("t1", "a")
+    bench.request("t2", "b")
+    assert bench.state("a") is State.DRAINING
+    bench.tell(UnloadRequested(model="a", reason="no longer needed"))
+    bench.tell(LeaseReturned(ticket="t2"))
+    assert bench.state("a") is State.READY
+    (stop,) = bench.tell(LeaseReturned(ticket="t1"))
+    assert isinstance(stop, StopWorker)
+    assert (stop.cause, stop.reason) == (Cause.OPERATOR, "no longer needed")
+
+
+def test_a_pin_keeps_a_model_that_drains_for_another() -> None:
+    bench = Bench(max_loaded_models=1)
+    bench.load("t1", "a")
+    bench.request("t2", "b")
+    assert [error.code for error in refusals(bench.tell(PinChanged(spec=_spec("a"), pinned=True)))] == ["memory_pinned"]
+    assert bench.state("a") is State.READY
+    assert bench.tell(LeaseReturned(ticket="t1")) == []
+
+
 def test_an_unload_does_not_outlive_the_worker_that_was_told() -> None:
     bench = Bench()
     bench.load("t1", "a")

@@ -57,6 +57,7 @@ __all__ = ["PREFILL_TOKENS", "MlxEngine", "Prompt"]
 # One chunk of a prompt is computed between two decode steps, so this bounds the stutter of running streams; mlx-lm's
 # default of 2048 is made for throughput.
 PREFILL_TOKENS: Final = 512
+_LEAST_PREFILL_TOKENS: Final = 64
 _JSON_CALLS: Final = "mlx_lm.tool_parsers.json_tools"
 _DRAFT_UID: Final = -1  # the generator counts from 0
 
@@ -198,7 +199,9 @@ class MlxEngine(MlxBase):
         guide = self._guide(request, pieces, min(budget, room))
         if guide is not None:
             processors.append(guide)  # the last word is the grammar's
-        if self._drafts is not None and self._drafts.free and not processors and not prompt.extra:
+        # With a seed the same is to be drawn whether the lane is free or not, and guesses draw as well.
+        repeatable = sampling.seed is not None and sampling.temperature != 0
+        if self._drafts is not None and self._drafts.free and not (processors or prompt.extra or repeatable):
             uid = _DRAFT_UID
             self._drafts.begin(uid, tokens, min(budget, room), sampler)
         else:
@@ -351,6 +354,10 @@ class MlxEngine(MlxBase):
 
     def _step_batch(self, out: list[StreamEvents]) -> None:
         assert self._generator is not None
+        # The bound is for a step, not for each of the prompts that share it.
+        waiting = sum(not stream.first_token for stream in self._streams.values())
+        share = PREFILL_TOKENS // max(min(waiting, self._generator.prefill_batch_size), 1)
+        self._generator.prefill_step_size = max(share, _LEAST_PREFILL_TOKENS)
         prompts, responses = self._generator.next()
         for response in responses:
             self._tell(response.uid, Drawn(response.token, response.logprobs, response.finish_reason), out)

@@ -143,7 +143,9 @@ class Server:
         measured = self.supervisor.measured(key)
         needed = estimate.loaded_bytes + estimate.growth_bytes
         if measured is not None:
-            needed = max(measured.loaded_bytes + estimate.growth_bytes, measured.peak_bytes)
+            measured_bytes = max(measured.loaded_bytes + estimate.growth_bytes, measured.peak_bytes)
+            # A peak of many requests at once may have others leave. It makes no model too large that fits.
+            needed = min(measured_bytes, max(needed, self.supervisor.budget_bytes))
         return LoadPlan(
             spec=ModelSpec(
                 name=entry.runner,

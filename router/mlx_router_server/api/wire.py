@@ -1,7 +1,8 @@
 """The limits that have to hold before there is a request: connections, the size of headers, the time they may take.
 
-On top of uvicorn's protocol on httptools, which has none of these. Each connection has one timer: it runs while the
-headers of a request are awaited, from the first byte of them on, and on a fresh connection from the start.
+On top of uvicorn's protocol on httptools, which has none of these. Each connection has two timers: one runs while the
+headers of a request are awaited, from the first byte of them on, and on a fresh connection from the start; the other
+while a client leaves unread what was sent to it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class WireLimits:
 
     header_bytes: int
     seconds: float
+    reading_seconds: float
+    """How long what was sent may lie here before any of it is taken."""
 
 
 def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> type[HttpToolsProtocol]:
@@ -42,6 +45,7 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
 
     class GuardedProtocol(HttpToolsProtocol):
         _timer: asyncio.TimerHandle | None = None
+        _unread: asyncio.TimerHandle | None = None
         _header_bytes = 0
         _in_headers = True
 
@@ -55,7 +59,18 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
+            self._read_again()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            seconds = limits().reading_seconds
+            if seconds and self._unread is None:
+                self._unread = self.loop.call_later(seconds, self._reads_nothing)
+
+        def resume_writing(self) -> None:
+            self._read_again()
+            super().resume_writing()
 
         def data_received(self, data: bytes) -> None:
             if self._in_headers:
@@ -107,6 +122,17 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
             self._timer = None
             if not self.transport.is_closing():
                 self._refuse(408, "Request Timeout", "the headers took longer than request_timeout_seconds")
+
+        def _read_again(self) -> None:
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
+
+        def _reads_nothing(self) -> None:
+            """Whoever does not read holds a place with the model, and everything that waits for that place."""
+            self._unread = None
+            log.warning("event=client_stalled client=%r", self.client)
+            self.transport.abort()
 
         def _refuse(self, status: int, phrase: str, text: str) -> None:
             log.warning("event=connection_refused status=%d client=%r", status, self.client)

@@ -117,7 +117,11 @@ def _limits(app: Starlette) -> WireLimits:
     """Those in force; before there is a server, nothing comes in."""
     server: Server | None = getattr(app.state, "server", None)
     settings = server.settings if server is not None else Settings()
-    return WireLimits(header_bytes=settings.max_header_bytes, seconds=settings.request_timeout_seconds)
+    return WireLimits(
+        header_bytes=settings.max_header_bytes,
+        seconds=settings.request_timeout_seconds,
+        reading_seconds=settings.reading_timeout_seconds,
+    )
 
 
 class _Server(uvicorn.Server):

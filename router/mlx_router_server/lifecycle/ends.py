@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from mlx_router_server.lifecycle.backoff import FAILURES_BEFORE_GIVING_UP, pause_after
 from mlx_router_server.lifecycle.books import Books
@@ -11,7 +12,10 @@ from mlx_router_server.lifecycle.record import Departure, ModelRecord
 from mlx_router_server.lifecycle.states import Cause, State
 from mlx_router_shared.errors import BackingOff
 
-__all__ = ["drain", "drain_limit_passed", "keep", "leave_idle", "reclaimed", "stop", "worker_failed"]
+__all__ = ["cut", "drain", "drain_limit_passed", "keep", "leave_idle", "reclaimed", "stop", "worker_failed"]
+
+
+_LAST_SECONDS: Final = 5.0
 
 
 def stop(books: Books, record: ModelRecord, cause: Cause, reason: str, now: float, *, hung: bool = False) -> None:
@@ -35,7 +39,7 @@ def drain(books: Books, record: ModelRecord, cause: Cause, reason: str, now: flo
         stop(books, record, cause, reason, now)
         return
     record.cause, record.reason = cause, reason
-    record.drain_deadline = now + limit_seconds
+    record.drain_deadline, record.cut = now + limit_seconds, False
     books.move(record, State.DRAINING, now)
     books.decided("draining", record.spec.name, reason=reason, in_flight=len(record.leases))
 
@@ -44,8 +48,10 @@ def drain_limit_passed(books: Books, record: ModelRecord, now: float) -> str | N
     """Cancel what still runs, or keep the model; then the name of the newcomer that gets nothing is returned."""
     assert record.worker is not None
     if record.evicted_for is None or books.limits.cancel_at_drain_limit:
-        record.drain_deadline = math.inf
-        books.effects.append(CancelStreams(worker=record.worker, reason=record.reason))
+        if record.cut:
+            stop(books, record, record.cause, record.reason, now)
+        else:
+            cut(books, record, record.reason, now)
         return None
     # What runs is worth more than what waits.
     newcomer = record.evicted_for
@@ -53,9 +59,16 @@ def drain_limit_passed(books: Books, record: ModelRecord, now: float) -> str | N
     return newcomer
 
 
+def cut(books: Books, record: ModelRecord, reason: str, now: float) -> None:
+    """End the streams of a draining model with a visible error; it is stopped in any case soon after."""
+    assert record.worker is not None
+    record.cut, record.drain_deadline = True, now + _LAST_SECONDS
+    books.effects.append(CancelStreams(worker=record.worker, reason=reason))
+
+
 def keep(books: Books, record: ModelRecord, reason: str, now: float) -> None:
     """A draining model stays after all."""
-    record.evicted_for, record.drain_deadline = None, math.inf
+    record.evicted_for, record.drain_deadline, record.cut = None, math.inf, False
     record.reason = ""
     books.move(record, State.READY, now)
     books.decided("kept", record.spec.name, reason=reason)
@@ -105,7 +118,7 @@ def reclaimed(books: Books, worker: str, now: float) -> None:
     record.worker, record.evicted_for, record.turn = None, None, None
     record.reserved_bytes = record.memory_bytes = 0
     record.keep_alive_seconds = record.expires_at = None
-    record.was_ready = record.failed = False
+    record.was_ready = record.failed = record.cut = False
     record.told_to_leave = None
     record.drain_deadline = math.inf
     record.fraction = 0.0

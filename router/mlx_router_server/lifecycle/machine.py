@@ -15,7 +15,6 @@ from mlx_router_server.lifecycle import ends, room, service
 from mlx_router_server.lifecycle.books import Books
 from mlx_router_server.lifecycle.events import (
     BudgetLearned,
-    CancelStreams,
     Effect,
     Event,
     LeaseRequested,
@@ -166,7 +165,7 @@ class Lifecycle:
             case ShutdownRequested():
                 self._shutdown_requested(now)
             case ShutdownHastened():
-                self._shutdown_hastened()
+                self._shutdown_hastened(now)
             case Ticked():
                 self._ticked(now)
             case _:
@@ -277,7 +276,8 @@ class Lifecycle:
             if not event.by_client:
                 self._forgive(record)
                 self._books.move(record, State.UNLOADED, now)
-        elif record.loading or record.state is State.READY:
+        elif record.loading or record.state is State.READY or record.evicted_for is not None:
+            # One that is about to leave for another may come to stay: then this holds.
             record.keep_alive_seconds = 0.0
             stays = record.keep_alive if event.by_client else 0.0
             cause = Cause.CLIENT if event.by_client else Cause.OPERATOR
@@ -298,6 +298,8 @@ class Lifecycle:
             record.expires_at = now + record.keep_alive
         if event.pinned:
             record.told_to_leave = None
+            if record.state is State.DRAINING and record.evicted_for is not None:
+                ends.keep(self._books, record, "pinned by the operator", now)
 
     # ------------------------------------------------------------------- memory
 
@@ -371,8 +373,7 @@ class Lifecycle:
                 record.evicted_for = None
                 record.drain_deadline = now + books.limits.drain_timeout_seconds
 
-    def _shutdown_hastened(self) -> None:
+    def _shutdown_hastened(self, now: float) -> None:
         for record in self._books.in_state(State.DRAINING):
-            assert record.worker is not None
-            record.drain_deadline = math.inf
-            self._books.effects.append(CancelStreams(worker=record.worker, reason=_LEAVING))
+            if not record.cut:
+                ends.cut(self._books, record, _LEAVING, now)

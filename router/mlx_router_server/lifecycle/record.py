@@ -59,6 +59,8 @@ class ModelRecord:
     failed: bool = False
     """The worker that is being stopped failed; says where to go once it is gone."""
     drain_deadline: float = math.inf
+    cut: bool = False
+    """Its streams were told to end; whoever does not even read that is not waited for much longer."""
     evicted_for: str | None = None
     """The model that wants the room; None when it leaves for another reason, and then in any case."""
 

@@ -68,18 +68,44 @@ class TokenCounter:
             if self._closed:
                 raise ShuttingDown("the server is shutting down")
             if self._worker is None or self._worker.exited.is_set():
-                worker = self._worker = await self._start(self._engine)
-                await worker.wait_hello(_HELLO_SECONDS)
-                log.info("event=counter_ready worker=%s pid=%d", worker.worker_id, worker.pid)
+                self._worker = await self._greeted()
             return self._worker
+
+    async def _greeted(self) -> WorkerHandle:
+        """A new one that can be spoken to. One that was given up on the way, by whoever asked for it, is ended."""
+        worker = await self._start(self._engine)
+        try:
+            await worker.wait_hello(_HELLO_SECONDS)
+        except BaseException:
+            self._end(worker, "it did not say hello")
+            raise
+        log.info("event=counter_ready worker=%s pid=%d", worker.worker_id, worker.pid)
+        return worker
+
+    def check_progress(self, now: float, limit_seconds: float) -> None:
+        """End it when it has work and does not get on with it; whoever waits is told, and the next one gets another."""
+        worker = self._worker
+        if worker is None or worker.exited.is_set() or not worker.unfinished_requests:
+            return
+        still = now - worker.progress_at
+        if still > limit_seconds:
+            log.error("event=counter_stalled worker=%s seconds=%.1f", worker.worker_id, still)
+            self._worker = None
+            worker.fail_requests(f"counting tokens made no progress for {still:.3g} s and was ended")
+            self._end(worker, "it does not get on", hung=True)
+
+    def _end(self, worker: WorkerHandle, reason: str, *, hung: bool = False) -> None:
+        task: asyncio.Task[object] = asyncio.create_task(
+            worker.stop(reason, _STOP_SECONDS, hung=hung), name="counter-end"
+        )
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _rest(self) -> None:
         """Nobody has asked for a while: its memory is worth more than the second that it takes to start again."""
-        worker, self._worker = self._worker, None
-        if worker is not None and not self._open:
-            task: asyncio.Task[object] = asyncio.create_task(worker.stop("idle", _STOP_SECONDS), name="counter-rest")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if self._worker is not None and not self._open:
+            self._end(self._worker, "idle")
+            self._worker = None
 
     async def close(self, stop_seconds: float) -> None:
         """End it; returns when it is reaped."""

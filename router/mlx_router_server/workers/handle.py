@@ -7,6 +7,7 @@ too, so that nobody hangs on a process that is gone.
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -82,6 +83,17 @@ class _Inbox:
             await self._waiter
         events, self._events = self._events, []
         return events
+
+
+async def _until(event: asyncio.Event, end: float) -> None:
+    """Wait for an event, but not beyond ``end`` on the clock that stands still while the machine sleeps; the loop's own
+    may go on, and then has had a whole limit pass in no time."""
+    while not event.is_set() and (seconds := end - time.monotonic()) > 0:
+        try:
+            async with asyncio.timeout(seconds if seconds != math.inf else None):
+                await event.wait()
+        except TimeoutError:
+            continue
 
 
 class WorkerHandle:
@@ -161,17 +173,16 @@ class WorkerHandle:
         return self.facts
 
     async def _wait_until(self, done: Callable[[], bool], limit_seconds: float, what: str) -> None:
-        try:
-            async with asyncio.timeout(limit_seconds or None):
-                while not done():
-                    if self._broken:
-                        raise WorkerDied(f"its worker process broke the protocol: {self._broken}")
-                    if self.exited.is_set():
-                        raise WorkerDied(self.exit_reason)
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            raise LoadFailed(f"its worker process {what} within {limit_seconds:g} s") from None
+        end = time.monotonic() + (limit_seconds or math.inf)
+        while not done():
+            if self._broken:
+                raise WorkerDied(f"its worker process broke the protocol: {self._broken}")
+            if self.exited.is_set():
+                raise WorkerDied(self.exit_reason)
+            if time.monotonic() >= end:
+                raise LoadFailed(f"its worker process {what} within {limit_seconds:g} s")
+            self._changed.clear()
+            await _until(self._changed, end)
 
     # ------------------------------------------------------------------------- requests
 
@@ -250,11 +261,7 @@ class WorkerHandle:
         return StopReport(exit_seconds=bye - started, reap_seconds=ended - bye, rung=rung)
 
     async def _exited_within(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self.exited.wait()
-        except TimeoutError:
-            pass
+        await _until(self.exited, time.monotonic() + seconds)
 
     async def _await_exit(self) -> None:
         status = await self.process.wait()
@@ -275,7 +282,10 @@ class WorkerHandle:
 
     async def _hear_last_word(self, status: int) -> None:
         """An orderly end is announced, and the announcement may still be on its way when the exit is already known."""
-        announced = {0: lambda: self._bye_at is not None, 1: lambda: self._load_error is not None}.get(status)
+        # Of one that was serving, status 1 is an exception that nobody caught: there is no word of that.
+        loading = self.facts is None
+        announced = {0: lambda: self._bye_at is not None,
+                     1: lambda: self._load_error is not None or not loading}.get(status)  # fmt: skip
         try:
             async with asyncio.timeout(_LAST_WORD_SECONDS):
                 while announced is not None and not announced():

@@ -247,8 +247,9 @@ class Run:
         try:
             timings = await reclaim(self.handle, self.plan.spec.name, effect, limit_seconds, lambda: others(pid))
         except Exception:
-            # The room is given free all the same.
+            # The room is given free all the same, once the worker is gone.
             log.exception("event=reclaim_broke_off model=%r", self.plan.spec.name)
+            await self.handle.stop(effect.reason, limit_seconds, hung=effect.hung)
             return None
         if self._loaded_bytes:
             stats = self.handle.stats

@@ -116,7 +116,9 @@ class Supervisor:
         self._link = WorkerLink(self._run_directory.endpoint)
         self._owner = asyncio.create_task(self._own(), name="owner")
         memory = watch_memory(self._options.read_memory, self._note_memory, self._options.memory_interval_seconds)
-        progress = watch_progress(self._runs.values, lambda: self._options.stall_timeout_seconds)
+        progress = watch_progress(
+            lambda: [*self._runs.values(), *self._counters.values()], lambda: self._options.stall_timeout_seconds
+        )
         self._watchers = [
             asyncio.create_task(memory, name="memory"), asyncio.create_task(progress, name="watchdog"),
         ]  # fmt: skip

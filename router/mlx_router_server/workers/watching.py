@@ -6,10 +6,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import Final, Protocol
 
 from mlx_router_server.lifecycle.memory import MemoryReading
-from mlx_router_server.workers.run import Run
 
 __all__ = ["watch_memory", "watch_progress"]
 
@@ -30,7 +29,11 @@ async def watch_memory(
         await asyncio.sleep(interval_seconds)
 
 
-async def watch_progress(runs: Callable[[], Iterable[Run]], limit: Callable[[], float]) -> None:
+class _Watched(Protocol):
+    def check_progress(self, now: float, limit_seconds: float) -> None: ...
+
+
+async def watch_progress(runs: Callable[[], Iterable[_Watched]], limit: Callable[[], float]) -> None:
     """For ever: report workers that have work and make no step for ``limit`` seconds; 0: never.
 
     A look that comes late says nothing about them: the router itself, or the whole machine, was asleep.
