@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,8 @@ import pytest
 
 from mlx_router_server.access.keys import Scope, keys_file, make_key, write_keys
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER
+from mlx_router_server.jobs.pull import Pull
+from mlx_router_shared.jobs import OURS, PullJob
 from tests.support.http import RawStream, Reply, call
 from tests.support.hub import Hub, running_hub
 from tests.support.router import DEADLINE, RouterProcess, running_router, wait_until
@@ -306,6 +309,24 @@ def test_a_hub_that_is_busy_is_asked_again_and_one_that_is_gone_is_named(hub: Hu
     with _with(hub, home, HF_ENDPOINT="http://127.0.0.1:9") as router:
         reply = call(router, "POST", "/api/pull", {"model": _REPO, "stream": False})
         assert (reply.status, "cannot be reached" in reply.json()["error"]) == (503, True), reply.body
+
+
+def test_a_pull_of_which_nothing_comes_leaves_nothing(tmp_path: Path) -> None:
+    """Whoever fetches that repository next may be another program."""
+    pull = Pull(PullJob(repository="org/x", cache=str(tmp_path)), lambda event: None)
+    folder = tmp_path / "models--org--x"
+    with suppress(ConnectionError), pull._marked():
+        assert (folder / OURS).exists()
+        (folder / "blobs").mkdir()
+        raise ConnectionError
+    assert not folder.exists()
+    with suppress(ConnectionError), pull._marked():
+        (folder / "part").write_bytes(b"x")
+        raise ConnectionError
+    assert (folder / OURS).exists(), "what has come so far is ours"
+    (folder / OURS).unlink()
+    with pull._marked():
+        assert not (folder / OURS).exists(), "it was there before"
 
 
 def test_short_names_and_hub_names(hub: Hub, home: Path) -> None:

@@ -8,6 +8,7 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -143,6 +144,28 @@ def test_a_client_that_does_not_read_its_answer_is_let_go(home: Path) -> None:
             assert connection.recv(10)
             router.wait_line("client_stalled")
             wait_until(lambda: router.model("a")["in_flight"] == 0, "its place is free")
+
+
+@pytest.mark.req("R10")
+def test_a_client_that_reads_slowly_and_steadily_gets_everything(home: Path) -> None:
+    """Also of one large body, of which much lies here all the time."""
+    text = ("x" * 1000 + " ") * 8_000
+    arguments = fake_config(home, {"a": {"text": text, "context_tokens": 10_000_000}}, reading_timeout_seconds=0.5)
+    with running_router(home, *arguments) as router:
+        body = b'{"model":"a","prompt":"go","stream":false}'
+        head = b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+            parts = urlsplit(router.url)
+            connection.connect((parts.hostname or "", parts.port or 0))
+            connection.settimeout(DEADLINE)
+            connection.sendall(head % len(body) + body)
+            size = 0
+            while part := connection.recv(100_000):
+                size += len(part)
+                threading.Event().wait(0.02)
+        assert size > len(text)
+        assert "client_stalled" not in router.log
 
 
 @pytest.mark.req("R52")

@@ -315,5 +315,6 @@ def test_a_hastened_end_waits_for_no_reader() -> None:
     bench.tell(ShutdownRequested())
     assert [type(effect) for effect in bench.tell(ShutdownHastened())] == [CancelStreams]
     assert bench.tell(ShutdownHastened()) == [], "once"
+    assert bench.tell(ShutdownRequested()) == [], "which does not give it all of its time back"
     bench.now = bench.lifecycle.next_deadline()
     assert [type(effect) for effect in bench.tell(Ticked())] == [StopWorker]

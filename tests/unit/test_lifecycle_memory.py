@@ -210,6 +210,27 @@ def test_a_pin_keeps_a_model_that_drains_for_another() -> None:
     assert bench.tell(LeaseReturned(ticket="t1")) == []
 
 
+def test_a_model_that_was_pinned_before_it_left_is_not_brought_back() -> None:
+    bench = Bench(max_loaded_models=2, restore_on_failure=True)
+    bench.load("t1", "a")
+    bench.load("t2", "b")
+    bench.request("t3", "c")
+    assert bench.state("a") is State.DRAINING
+    bench.tell(PinChanged(spec=_spec("a"), pinned=True))
+    assert (bench.state("a"), bench.state("b")) == (State.READY, State.DRAINING)
+    (stop,) = bench.tell(LeaseReturned(ticket="t2"))
+    assert isinstance(stop, StopWorker)
+    worker = started(bench.tell(WorkerReclaimed(worker=stop.worker)))
+    bench.tell(WorkerFailed(worker=worker, error=LoadFailed("no")))
+    bench.tell(WorkerReclaimed(worker=worker))
+    bench.tell(PinChanged(spec=_spec("a"), pinned=False))
+    bench.tell(LeaseReturned(ticket="t1"))
+    (stop,) = bench.tell(UnloadRequested(model="a"))
+    assert isinstance(stop, StopWorker)
+    bench.tell(WorkerReclaimed(worker=stop.worker))
+    assert bench.state("a") is State.UNLOADED
+
+
 def test_an_unload_does_not_outlive_the_worker_that_was_told() -> None:
     bench = Bench()
     bench.load("t1", "a")

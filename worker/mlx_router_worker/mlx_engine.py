@@ -352,12 +352,16 @@ class MlxEngine(MlxBase):
             mx.clear_cache()
         return out
 
-    def _step_batch(self, out: list[StreamEvents]) -> None:
+    def _share_step(self) -> None:
+        """The bound of ``PREFILL_TOKENS`` is for a step, not for each of the prompts that are read in it."""
         assert self._generator is not None
-        # The bound is for a step, not for each of the prompts that share it.
         waiting = sum(not stream.first_token for stream in self._streams.values())
         share = PREFILL_TOKENS // max(min(waiting, self._generator.prefill_batch_size), 1)
         self._generator.prefill_step_size = max(share, _LEAST_PREFILL_TOKENS)
+
+    def _step_batch(self, out: list[StreamEvents]) -> None:
+        assert self._generator is not None
+        self._share_step()
         prompts, responses = self._generator.next()
         for response in responses:
             self._tell(response.uid, Drawn(response.token, response.logprobs, response.finish_reason), out)

@@ -125,6 +125,9 @@ class VisionEngine(MlxEngine):
     def _new_generator(self, parallel: int) -> Any:
         return _Generator(self._model, self._processor, parallel)
 
+    def _share_step(self) -> None:
+        """mlx-vlm reads one prompt at a time here."""
+
     def compile_kernels(self) -> None:
         """The first request does it."""
 

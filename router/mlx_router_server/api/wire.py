@@ -66,7 +66,7 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
             super().pause_writing()
             seconds = limits().reading_seconds
             if seconds and self._unread is None:
-                self._unread = self.loop.call_later(seconds, self._reads_nothing)
+                self._unread = self.loop.call_later(seconds, self._look_whether_it_reads, self._left())
 
         def resume_writing(self) -> None:
             self._read_again()
@@ -128,9 +128,17 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
                 self._unread.cancel()
                 self._unread = None
 
-        def _reads_nothing(self) -> None:
-            """Whoever does not read holds a place with the model, and everything that waits for that place."""
+        def _left(self) -> int:
+            """Bytes that the system has not taken yet."""
+            return self.transport.get_write_buffer_size()
+
+        def _look_whether_it_reads(self, before: int) -> None:
+            """Whoever does not holds a place with the model, and everything that waits for that place."""
             self._unread = None
+            left, seconds = self._left(), limits().reading_seconds
+            if left < before and seconds:
+                self._unread = self.loop.call_later(seconds, self._look_whether_it_reads, left)
+                return
             log.warning("event=client_stalled client=%r", self.client)
             self.transport.abort()
 

@@ -16,8 +16,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -110,12 +111,12 @@ class Pull:
                 ErrorCode.INVALID_REQUEST, f"{self._job.repository} has {kinds}: this server runs models in MLX layout"
             )
         self._check_room(files)
-        self._mark()
-        self._fetch_others(others, commit)
-        self._check_content(commit)
-        with ThreadPoolExecutor(max(self._job.streams, 1)) as pool:
-            for done in [pool.submit(self._fetch_weights, file, commit) for file in weights]:
-                done.result()
+        with self._marked():
+            self._fetch_others(others, commit)
+            self._check_content(commit)
+            with ThreadPoolExecutor(max(self._job.streams, 1)) as pool:
+                for done in [pool.submit(self._fetch_weights, file, commit) for file in weights]:
+                    done.result()
         self._tell(JobStatus(text="writing manifest"))
         for file in weights:
             self._link(file, commit)
@@ -142,11 +143,19 @@ class Pull:
                 f"not enough disk space: {missing} bytes are to be fetched, and {free} are free where the cache is",
             )
 
-    def _mark(self) -> None:
-        """Say in the repository's folder itself that nothing of it was here before: no other program asked for it."""
+    @contextmanager
+    def _marked(self) -> Iterator[None]:
+        """Say in the repository's folder itself that nothing of it was here before: no other program asked for it. When
+        nothing has come nothing is said: the next who fetches it may be another program."""
+        mark = self._folder / OURS
         if not self._folder.exists():
             self._folder.mkdir(parents=True)
-            (self._folder / OURS).touch()
+            mark.touch()
+        try:
+            yield
+        finally:
+            if mark.exists() and not any(path.is_file() for path in self._folder.rglob("*") if path != mark):
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     # ----------------------------------------------------------- small files
 

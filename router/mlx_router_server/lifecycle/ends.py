@@ -67,7 +67,10 @@ def cut(books: Books, record: ModelRecord, reason: str, now: float) -> None:
 
 
 def keep(books: Books, record: ModelRecord, reason: str, now: float) -> None:
-    """A draining model stays after all."""
+    """A draining model stays after all, and need not be brought back by whoever wanted its room."""
+    newcomer = books.records.get(record.evicted_for or "")
+    if newcomer is not None and record.spec.name in newcomer.displaced:
+        newcomer.displaced.remove(record.spec.name)
     record.evicted_for, record.drain_deadline, record.cut = None, math.inf, False
     record.reason = ""
     books.move(record, State.READY, now)

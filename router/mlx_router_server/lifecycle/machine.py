@@ -371,7 +371,8 @@ class Lifecycle:
                 ends.stop(books, record, Cause.SHUTDOWN, _LEAVING, now)
             elif record.state is State.DRAINING:
                 record.evicted_for = None
-                record.drain_deadline = now + books.limits.drain_timeout_seconds
+                if not record.cut:
+                    record.drain_deadline = now + books.limits.drain_timeout_seconds
 
     def _shutdown_hastened(self, now: float) -> None:
         for record in self._books.in_state(State.DRAINING):

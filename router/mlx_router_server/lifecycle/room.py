@@ -164,6 +164,4 @@ def keep_what_nobody_needs_gone(books: Books, now: float) -> None:
             continue
         newcomer = books.records[record.evicted_for]
         if newcomer.state is not State.QUEUED:
-            if record.spec.name in newcomer.displaced:
-                newcomer.displaced.remove(record.spec.name)
             keep(books, record, f"{newcomer.spec.name} does not need its room any more", now)

@@ -56,7 +56,7 @@ TRANSITIONS: Final[dict[State, dict[State, str]]] = {
         State.STOPPING: "told to leave, idle for too long, or crashed",
     },
     State.DRAINING: {
-        State.STOPPING: "last request finished, or crashed",
+        State.STOPPING: "last request finished, cut at the limit, or crashed",
         State.READY: "kept: drain limit passed, or nobody needs its room any more",
     },
     State.STOPPING: {

@@ -92,6 +92,7 @@ async def _until(event: asyncio.Event, end: float) -> None:
         try:
             async with asyncio.timeout(seconds if seconds != math.inf else None):
                 await event.wait()
+                return
         except TimeoutError:
             continue
 

@@ -104,8 +104,8 @@ class WorkerProcess:
         if self.alive:
             try:
                 os.killpg(self.pid, number)
-            except ProcessLookupError:
-                pass  # it ended in this very moment
+            except (ProcessLookupError, PermissionError):
+                pass  # it ended in this very moment; of a group of zombies, macOS says that it is not allowed
 
     def describe_exit(self, status: int) -> str:
         """One human sentence about an end that nobody asked for."""

@@ -249,7 +249,10 @@ class Run:
         except Exception:
             # The room is given free all the same, once the worker is gone.
             log.exception("event=reclaim_broke_off model=%r", self.plan.spec.name)
-            await self.handle.stop(effect.reason, limit_seconds, hung=effect.hung)
+            try:
+                await self.handle.stop(effect.reason, limit_seconds, hung=effect.hung)
+            except Exception:
+                log.exception("event=stop_broke_off model=%r", self.plan.spec.name)
             return None
         if self._loaded_bytes:
             stats = self.handle.stats
