@@ -10,7 +10,7 @@ from typing import Final
 
 __all__ = ["FLOOR", "check_count", "main"]
 
-FLOOR: Final = 2480
+FLOOR: Final = 2540
 
 
 def check_count(output: str, status: int) -> str:

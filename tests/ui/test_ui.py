@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -55,7 +56,7 @@ class _Visit:
         page.set_default_timeout(_DEADLINE)
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        page.on("request", lambda request: self.hosts.add(urlsplit(request.url.removeprefix("blob:")).netloc))
         page.goto(router.url + "/ui")
 
     def _on_console(self, message: ConsoleMessage) -> None:
@@ -182,6 +183,26 @@ def test_thinking_is_folded_calls_are_shown_and_an_answer_can_be_stopped(browser
         expect(answer).to_contain_text("stopped")
         wait_until(lambda: router.model("slow")["in_flight"] == 0, "the worker was told")
         expect(page.locator("#chat-send")).to_be_enabled()
+
+
+def test_a_picture_goes_along_where_the_model_sees(browser: Browser, home: Path) -> None:
+    picture = base64.b64decode(
+        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+    )
+    config = fake_config(home, {"sees": {"capabilities": ["completion", "vision"], "text": "a dot"}}, demo_model=True)
+    with running_router(home, *config) as router, _visit(browser, router) as visit:
+        page = visit.page
+        page.select_option("#chat-model", "demo:latest")
+        expect(page.locator("#chat-image-label")).to_be_hidden()
+        page.select_option("#chat-model", "sees:latest")
+        expect(page.locator("#chat-image-label")).to_be_visible()
+        page.set_input_files("#chat-image", {"name": "dot.png", "mimeType": "image/png", "buffer": picture})
+        with page.expect_request("**/api/chat") as asked:
+            answer = visit.ask("What is this?")
+        (message,) = asked.value.post_data_json["messages"]
+        assert [base64.b64decode(image) for image in message["images"]] == [picture]
+        expect(answer.locator(".words")).to_have_text("a dot ")
+        expect(page.get_by_alt_text("dot.png")).to_be_visible()
 
 
 def test_a_swap_is_followed_live(browser: Browser, home: Path) -> None:
