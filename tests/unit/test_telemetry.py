@@ -20,7 +20,9 @@ from starlette.testclient import TestClient
 from mlx_router_server.api import errors
 from mlx_router_server.api.meter import Meter
 from mlx_router_server.api.ring_stream import RingStream
+from mlx_router_server.app import create_app
 from mlx_router_server.lifecycle.states import Cause
+from mlx_router_server.settings import Settings
 from mlx_router_server.telemetry.events import Happenings
 from mlx_router_server.telemetry.inspection import Inspected, Inspection
 from mlx_router_server.telemetry.logs import CURRENT_REQUEST, LogRing
@@ -131,6 +133,13 @@ def test_a_defect_is_counted_as_500_and_named_like_any_other_answer() -> None:
         for (name, labels), value in _values(metrics).items() if name == "mlx_router_requests_total"
     }  # fmt: skip
     assert counted == {("/api/boom", "500"): 1, ("/v1/boom", "500"): 1, ("/half", "200"): 1, ("/left", "499"): 1}
+
+
+def test_the_last_resort_is_the_innermost_layer_of_the_application() -> None:
+    """Else what it answers is not counted, named or kept like other answers."""
+    layers: list[Any] = [layer.cls for layer in create_app(Settings()).user_middleware]
+    assert layers[-1] is errors.LastResort
+    assert layers[0] is Meter
 
 
 def test_a_model_that_is_gone_is_no_longer_told_of() -> None:

@@ -71,7 +71,7 @@ class _Service:
         if options.action != "install" and self._manager.file.exists():
             # It was installed with settings of its own, and is to be found where those say.
             carried, config = self._manager.carried()
-            environment = {**{name: environment[name] for name in environment if not _is_setting(name)}, **carried}
+            environment = {name: value for name, value in environment.items() if not _is_setting(name)} | carried
             self._config = self._config or config
         self._environment = environment
         try:

@@ -276,8 +276,8 @@ class Lifecycle:
             if not event.by_client:
                 self._forgive(record)
                 self._books.move(record, State.UNLOADED, now)
-        elif record.loading or record.state is State.READY or record.evicted_for is not None:
-            # One that is about to leave for another may come to stay: then this holds.
+        elif record.loading or record.state in (State.READY, State.DRAINING):
+            # One that drains for another may come to stay: then this holds.
             record.keep_alive_seconds = 0.0
             stays = record.keep_alive if event.by_client else 0.0
             cause = Cause.CLIENT if event.by_client else Cause.OPERATOR
