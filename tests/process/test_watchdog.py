@@ -73,6 +73,18 @@ def test_a_slow_worker_is_left_alone(home: Path) -> None:
 
 
 @pytest.mark.req("R46")
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_worker_that_computes_without_output_is_left_alone(home: Path, stream: bool) -> None:
+    """A long prompt, or text that is held back: the engine makes steps and the client gets nothing for several limits."""
+    arguments = fake_config(home, {"a": {"tokens": 3, "tokens_per_second": 0.4}}, **_STALL)
+    with running_router(home, *arguments) as router:
+        reply = call(router, "POST", "/api/generate", {"model": "a", "prompt": "go", "stream": stream})
+        assert reply.status == 200
+        assert reply.lines()[-1].get("eval_count") == 3, reply.body
+        assert router.model("a")["failures"] == 0
+
+
+@pytest.mark.req("R46")
 def test_a_client_that_reads_slowly_is_no_hang_of_the_worker(home: Path) -> None:
     """The worker has finished; what waits to be read waits in the router, because the sockets' buffers are full."""
     name = "a" * 70  # an answer of 6 MB

@@ -191,11 +191,15 @@ class ComputeLoop:
             self._send(streams)
 
     def _note(self) -> None:
+        """Publish the number of streams. The socket thread is woken when it changes from or to zero: it sends ``Stats``
+        on a timer only while there is work, and must not wait for a message from the router to notice."""
         was_busy = self._progress.streams > 0
         self._progress.streams = self._engine.streams
-        if was_busy and not self._engine.streams:
+        is_busy = self._progress.streams > 0
+        if was_busy and not is_busy:
             self._progress.reading = self._engine.reading()
-            self._link.wake()  # so that the last figures are told, although nothing else is
+        if was_busy != is_busy:
+            self._link.wake()
 
     def _send(self, streams: list[StreamEvents]) -> None:
         for stream in streams:
