@@ -40,6 +40,7 @@ from mlx_router_shared.protocol import (
 )
 from mlx_router_worker.engine import Engine, EngineReading
 from mlx_router_worker.link import Link, Outlet, Progress
+from mlx_router_worker.repository_code import describe_load_error, refuse_code_below
 
 __all__ = ["ComputeLoop"]
 
@@ -120,10 +121,11 @@ class ComputeLoop:
             self._outlet.send(LoadFailed(code=ErrorCode.INTERNAL, message="this worker already has a model"))
             return _EXIT_LOAD_FAILED
         try:
+            refuse_code_below(command.path, command.adapter_path, command.draft_path)
             facts = self._engine.load(command, self._report)
         except Exception as error:
             log.exception("event=load_failed model=%s", command.model)
-            text = error.message if isinstance(error, MlxRouterError) else f"{type(error).__name__}: {error}"
+            text = error.message if isinstance(error, MlxRouterError) else describe_load_error(error)
             code = error.code if isinstance(error, MlxRouterError) else ErrorCode.LOAD_FAILED
             self._outlet.send(LoadFailed(code=code, message=text))
             return _EXIT_LOAD_FAILED

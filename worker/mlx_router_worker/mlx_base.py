@@ -11,16 +11,24 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model, load_tokenizer
 
+from mlx_router_shared.errors import LoadFailed
 from mlx_router_shared.protocol import Load, SetLimits
 from mlx_router_worker.engine import EngineReading, Report
 
-__all__ = ["MlxBase"]
+__all__ = ["MlxBase", "refuse_additions"]
 
 _DEFAULT_CPU_CACHE: Final = 32 * 2**20  # MLX's own choice on Linux, where more is only lost
 _EVALUATE_BYTES: Final = 128 * 2**20
 _POLITE_BYTES: Final = 16 * 2**20
 _LONGEST_REST: Final = 0.5  # seconds; a slow disk needs no rest
 _DEFAULT_CONTEXT: Final = 4096
+
+
+def refuse_additions(load: Load, kind: str) -> None:
+    """Raise ``LoadFailed`` if an adapter or a draft model is configured for a kind of model that cannot use one."""
+    for path, setting in ((load.adapter_path, "adapter"), (load.draft_path, "draft_model")):
+        if path:
+            raise LoadFailed(f"{setting} cannot be used with {kind} models; take the setting out")
 
 
 class MlxBase:

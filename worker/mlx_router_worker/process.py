@@ -59,7 +59,7 @@ def main() -> None:
         print(f"mlx_router_worker is started by mlx-router, not by hand ({error})", file=sys.stderr)
         sys.exit(_EXIT_USAGE)
     inbox: SimpleQueue[ToWorker] = SimpleQueue()
-    threading.Thread(target=_watch_parent, args=(inbox,), name="parent", daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(inbox, _take_stdin()), name="parent", daemon=True).start()
     progress = Progress()
     context = zmq.Context()
     outlet = Outlet(context, bootstrap.endpoint, bootstrap.worker_id)
@@ -98,8 +98,19 @@ def _terminate(link: Link, inbox: SimpleQueue[ToWorker]) -> None:
     inbox.put(Shutdown(reason="SIGTERM"))
 
 
-def _watch_parent(inbox: SimpleQueue[ToWorker]) -> None:
-    while sys.stdin.buffer.read(4096):
+def _take_stdin() -> int:
+    """Move the router's pipe to a descriptor of its own and leave an empty standard input in its place, so that a
+    library that asks a question gets the end of file instead of blocking."""
+    pipe = os.dup(0)
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # for the life of the process
+    return pipe
+
+
+def _watch_parent(inbox: SimpleQueue[ToWorker], pipe: int) -> None:
+    while os.read(pipe, 4096):
         pass
     inbox.put(Shutdown(reason="the router is gone"))
     time.sleep(_ORPHAN_GRACE_SECONDS)

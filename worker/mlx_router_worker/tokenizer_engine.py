@@ -17,6 +17,7 @@ from mlx_router_shared.errors import InvalidRequest, LoadFailed
 from mlx_router_shared.generation import Counted, CountRequest, Event, Finish, FinishReason, Request, StreamEvents
 from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
 from mlx_router_worker.engine import EngineReading, Report
+from mlx_router_worker.repository_code import refuse_code_below
 from mlx_router_worker.text.renderer import PromptRenderer
 
 __all__ = ["TokenizerEngine"]
@@ -64,8 +65,9 @@ class TokenizerEngine:
     def _renderer(self, path: str) -> PromptRenderer:
         renderer = self._renderers.get(path)
         if renderer is None:
+            refuse_code_below(path)
             config: dict[str, Any] = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-            tokenizer = load_tokenizer(Path(path))
+            tokenizer = load_tokenizer(Path(path), {"trust_remote_code": False})
             text = config.get("text_config") or config
             size = int(text.get("vocab_size") or len(tokenizer))
             renderer = PromptRenderer(tokenizer, int(text.get("max_position_embeddings") or 4096), size)

@@ -16,7 +16,7 @@ from typing import Any, Final
 import mlx.core as mx
 import numpy as np
 from mlx_vlm.embedding_loader import load_embedding_model
-from mlx_vlm.reranker_loader import load_reranker
+from mlx_vlm.reranker_loader import load_sequence_classification_model
 from tokenizers import Tokenizer
 
 from mlx_router_shared.errors import InvalidRequest, LoadFailed, UnsupportedCapability
@@ -32,6 +32,7 @@ from mlx_router_shared.generation import (
 )
 from mlx_router_shared.protocol import Load, ModelFacts
 from mlx_router_worker.engine import Report
+from mlx_router_worker.mlx_base import refuse_additions
 from mlx_router_worker.mlx_embedding import EmbeddingEngine
 from mlx_router_worker.mlx_jobs import Job, JobEngine
 from mlx_router_worker.text.pooling import Kind
@@ -87,14 +88,15 @@ class EncoderEngine(EmbeddingEngine):
     default_pooling: Kind = "mean"
 
     def _load_model(self, load: Load, report: Report) -> None:
+        refuse_additions(load, "encoder")
         self._apply_limits(load.memory_limit_bytes, load.cache_limit_bytes)
         started = time.perf_counter()
         report("weights", 0.0)
         folder = Path(load.path)
         config = _read_config(folder)
-        self._model = load_embedding_model(folder)
+        self._model = load_embedding_model(folder, lazy=True, trust_remote_code=False)
         _steady(self._model, config)
-        self._weights_bytes = self._evaluate(report)
+        self._weights_bytes = self._evaluate(report, yields=load.yields)
         self._weights_seconds = time.perf_counter() - started
         self._note_config(load, config)
         limit = _context_of(config)
@@ -121,14 +123,15 @@ class RerankEngine(JobEngine[Pair]):
     _segments = False
 
     def load(self, load: Load, report: Report) -> ModelFacts:
+        refuse_additions(load, "reranker")
         self._apply_limits(load.memory_limit_bytes, load.cache_limit_bytes)
         started = time.perf_counter()
         report("weights", 0.0)
         folder = Path(load.path)
         config = _read_config(folder)
-        self._model, _ = load_reranker(str(folder))
+        self._model = load_sequence_classification_model(folder, lazy=True)
         _steady(self._model, config)
-        self._weights_bytes = self._evaluate(report)
+        self._weights_bytes = self._evaluate(report, yields=load.yields)
         self._weights_seconds = time.perf_counter() - started
         self._note_config(load, config)
         self._context_tokens = min(_context_of(config), load.context_tokens or _LONGEST)

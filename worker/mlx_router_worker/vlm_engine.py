@@ -30,6 +30,7 @@ from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, Unsu
 from mlx_router_shared.generation import GenerationRequest, Message
 from mlx_router_shared.protocol import Load
 from mlx_router_worker.engine import Report
+from mlx_router_worker.mlx_base import refuse_additions
 from mlx_router_worker.mlx_engine import PREFILL_TOKENS, MlxEngine, Prompt
 from mlx_router_worker.text.renderer import PromptRenderer, is_chat
 
@@ -107,13 +108,15 @@ class VisionEngine(MlxEngine):
     """Implements ``Engine`` for models that see."""
 
     def _load_weights(self, order: Load, report: Report, *, strict: bool = True) -> dict[str, Any]:
+        refuse_additions(order, "vision")
         self._apply_limits(order.memory_limit_bytes, order.cache_limit_bytes)
         started = time.perf_counter()
         report("weights", 0.0)
-        self._model, self._processor = load(order.path)
+        trust = {"trust_remote_code": False}
+        self._model, self._processor = load(order.path, lazy=True, **trust)
         config: dict[str, Any] = json.loads((Path(order.path) / "config.json").read_text(encoding="utf-8"))
         ends = self._processor.tokenizer.stopping_criteria.eos_token_ids
-        self._tokenizer = load_tokenizer(Path(order.path), eos_token_ids=list(ends))
+        self._tokenizer = load_tokenizer(Path(order.path), trust, eos_token_ids=list(ends))
         self._weights_bytes = self._evaluate(report, yields=order.yields)
         self._weights_seconds = time.perf_counter() - started
         self._note_config(order, config)
