@@ -75,7 +75,7 @@ def test_a_slow_worker_is_left_alone(home: Path) -> None:
 @pytest.mark.req("R46")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_worker_that_computes_without_output_is_left_alone(home: Path, stream: bool) -> None:
-    """A long prompt, or text that is held back: the engine makes steps and the client gets nothing for several limits."""
+    """A long prompt, or text that is held back: the engine makes steps and sends nothing for several limits."""
     arguments = fake_config(home, {"a": {"tokens": 3, "tokens_per_second": 0.4}}, **_STALL)
     with running_router(home, *arguments) as router:
         reply = call(router, "POST", "/api/generate", {"model": "a", "prompt": "go", "stream": stream})

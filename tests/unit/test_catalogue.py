@@ -153,7 +153,8 @@ def test_what_is_listed_is_what_resolves_and_links_do_not_lead_out(tmp_path: Pat
             assert catalogue.resolve(name).name.display == name
         assert catalogue.resolve("OTHER-NAME").name.display == "mine:latest"
         assert {name: what.reason for name, what in catalogue.unservable.items()} == {
-            "broken": "mlx-lm has no architecture 'roberta'"
+            "broken": "mlx-lm has no architecture 'roberta'",
+            "escape": "it is a link that leads out of the folder: name the folder that it leads to in models_dirs",
         }
         for unknown in ("escape", "nosuch", "plain:7b"):
             with pytest.raises(ModelNotFound, match=f"model '{unknown}' not found"):

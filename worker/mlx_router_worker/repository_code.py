@@ -1,8 +1,8 @@
 """Refuse to run code that lies in a model's folder, whichever library tries to.
 
 ``trust_remote_code=False`` is passed wherever a loader takes it, but some loaders of transformers and mlx-vlm drop the
-argument, overwrite it or never had it (``model_file`` in mlx-vlm). An audit hook (PEP 578) sees every file that is opened
-and every code object that is executed in the process, so it holds for all of them.
+argument, overwrite it or never had it (``model_file`` in mlx-vlm). An audit hook (PEP 578) sees every file that is
+opened and every code object that is executed in the process, so it holds for all of them.
 """
 
 from __future__ import annotations

@@ -17,13 +17,14 @@ from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.catalogue.index import DEMO_FOLDER, Index, IndexBuilder, Registered, Sources, Unservable
 from mlx_router_server.catalogue.names import ModelName, parse_name
 from mlx_router_server.catalogue.store import Store
-from mlx_router_shared.errors import InvalidRequest, ModelNotFound
+from mlx_router_shared.errors import InvalidRequest, ModelNotFound, Overloaded
 
 __all__ = ["DEMO_FOLDER", "Catalogue", "Registered", "Sources", "Unservable"]
 
 log = logging.getLogger(__name__)
 
 _REFRESH_SECONDS: Final = 3.0
+_READY_SECONDS: Final = 30.0
 _NEAR: Final = 0.8
 
 
@@ -61,8 +62,12 @@ class Catalogue:
             await asyncio.gather(self._refresher, return_exceptions=True)
 
     async def wait_ready(self) -> None:
-        """Until the disk was looked at once."""
-        await self._looked.wait()
+        """Wait until the disk was read once. Raises ``Overloaded`` when that takes too long."""
+        try:
+            async with asyncio.timeout(_READY_SECONDS):
+                await self._looked.wait()
+        except TimeoutError:
+            raise Overloaded("the model folders are still being read; please try again") from None
 
     @property
     def generation(self) -> int:
@@ -131,11 +136,15 @@ class Catalogue:
     # --------------------------------------------------------------- refreshing
 
     async def _refresh_for_ever(self) -> None:
+        reported = ""
         while True:
             try:
                 await self.refresh()
-            except Exception:
-                log.exception("event=catalogue_failed")  # what was known stays; the next look may go well
+                reported = ""
+            except Exception as error:  # what was known stays; the next scan may succeed
+                if (reason := f"{type(error).__name__}: {error}") != reported:
+                    reported = reason
+                    log.exception("event=catalogue_failed")
             await asyncio.sleep(_REFRESH_SECONDS)
 
     async def refresh(self) -> None:

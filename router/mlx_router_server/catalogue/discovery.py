@@ -6,8 +6,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 __all__ = ["Found", "discover_folders", "discover_hub", "hub_cache"]
+
+
+_WEIGHTS: Final = (".safetensors", ".gguf", ".npz")
+_STRAY: Final = "it is a link that leads out of the folder: name the folder that it leads to in models_dirs"
+_MODEL_MARKS: Final = ("adapter_config.json", "model_index.json", "fake.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,18 +25,14 @@ class Found:
     source: str
     root: Path | None = None
     """Whatever its files are links to has to lie below; None for a folder that the operator named."""
+    problem: str = ""
+    """Why it cannot be served, if that is known without reading its files."""
 
     def strays(self) -> str:
         """The first of its files that is a link to somewhere else; empty when there is none."""
         if self.root is None:
             return ""
-        for path in sorted(self.path.iterdir()):
-            try:
-                if not _inside(path, self.root):
-                    return path.name
-            except (OSError, RuntimeError):  # a link to itself
-                return path.name
-        return ""
+        return next((path.name for path in sorted(self.path.iterdir()) if not _inside(path, self.root)), "")
 
 
 def hub_cache(environment: dict[str, str]) -> Path:
@@ -45,46 +47,102 @@ def hub_cache(environment: dict[str, str]) -> Path:
 
 def discover_hub(cache: Path) -> Iterator[Found]:
     """``models--org--name/snapshots/<revision>``: the revision that ``refs/main`` names, else the newest."""
-    for repository in _folders(cache):
-        kind, _, rest = repository.name.partition("--")
+    for entry in _entries(cache):
+        kind, _, rest = entry.name.partition("--")
         if kind != "models" or not rest:
             continue
-        snapshot = _snapshot(repository)
-        if snapshot is not None and _inside(snapshot, repository):
-            yield Found(rest.replace("--", "/", 1), snapshot, "hub", cache)
+        name, repository = rest.replace("--", "/", 1), Path(entry.path)
+        try:
+            if entry.is_dir() and (snapshot := _snapshot(repository)) is not None:
+                inside = _inside(snapshot, repository)
+                problem = "" if inside else "its snapshot is a link that leads out of its repository"
+                yield Found(name, snapshot, "hub", cache, problem)
+        except OSError as error:
+            yield Found(name, repository, "hub", cache, _unreadable(error))
 
 
 def _snapshot(repository: Path) -> Path | None:
     snapshots = repository / "snapshots"
+    reference = repository / "refs" / "main"
     try:
-        revision = (repository / "refs" / "main").read_text(encoding="ascii").strip()
+        revision = reference.read_text(encoding="ascii").strip() if reference.is_file() else ""
     except (OSError, ValueError):
         revision = ""
     if revision and "/" not in revision and (snapshots / revision).is_dir():
         return snapshots / revision
-    return max(_folders(snapshots), key=lambda path: path.stat().st_mtime, default=None)
+    if not snapshots.exists():
+        return None  # nothing of it has been downloaded
+    folders = [entry for entry in os.scandir(snapshots) if not entry.name.startswith(".") and entry.is_dir()]
+    newest = max(folders, key=lambda entry: entry.stat().st_mtime, default=None)
+    return Path(newest.path) if newest is not None else None
 
 
 def discover_folders(root: Path) -> Iterator[Found]:
-    """``<root>/model`` and ``<root>/org/model``; a folder is a model when it holds a config.json."""
-    for first in _folders(root):
-        if not _inside(first, root):
-            continue
-        if (first / "config.json").is_file():
-            yield Found(first.name, first, "folder", root)
-            continue
-        for second in _folders(first):
-            if (second / "config.json").is_file() and _inside(second, root):
-                yield Found(f"{first.name}/{second.name}", second, "folder", root)
-
-
-def _folders(root: Path) -> list[Path]:
+    """``<root>/model`` and ``<root>/org/model``; ``root`` itself, if it is a model. A folder is a model when it holds a
+    config.json; one that only looks like a model is listed with the reason why it is none."""
     try:
-        return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError:
+        if (root / "config.json").is_file():
+            yield Found(root.name, root, "folder", root)
+            return
+        entries = _entries(root)
+    except OSError as error:
+        yield Found(str(root), root, "folder", root, _unreadable(error))
+        return
+    for entry in entries:
+        yield from _discover_folder(entry, entry.name, root, depth=2)
+
+
+def _discover_folder(entry: os.DirEntry[str], name: str, root: Path, depth: int) -> Iterator[Found]:
+    path = Path(entry.path)
+    try:
+        if not _inside(path, root):
+            if _leads_to_folder(path):
+                yield Found(
+                    name, path, "folder", root, "it is a link that leads out of the folder, and is not followed"
+                )
+            return
+        if not entry.is_dir():
+            return
+        if (path / "config.json").is_file():
+            yield Found(name, path, "folder", root)
+            return
+        below = _entries(path)
+    except OSError as error:
+        yield Found(name, path, "folder", root, _unreadable(error))
+        return
+    if any(child.name in _MODEL_MARKS or child.name.endswith(_WEIGHTS) for child in below):
+        yield Found(name, path, "folder", root)  # the reason, or what it is instead, is found by reading it
+    elif depth > 1:
+        for child in below:
+            yield from _discover_folder(child, f"{name}/{child.name}", root, depth - 1)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder by name, hidden entries left out; none if there is no such folder. Raises ``OSError``."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
+def _unreadable(error: OSError) -> str:
+    return f"its folder cannot be read: {error.strerror or error}"
+
+
+def _leads_to_folder(path: Path) -> bool:
+    """Whether a link leads to a folder, or to itself: a link to a file is no model."""
+    try:
+        return path.resolve(strict=True).is_dir()
+    except FileNotFoundError:
+        return False
+    except (OSError, RuntimeError):
+        return True
+
+
 def _inside(path: Path, root: Path) -> bool:
-    """A link that leads out of its root is not followed."""
-    return path.resolve().is_relative_to(root.resolve())
+    """Whether a path lies below a root once all links are followed; a link to itself lies nowhere."""
+    try:
+        return path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):
+        return False

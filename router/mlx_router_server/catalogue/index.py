@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,12 +22,17 @@ from mlx_router_server.catalogue.inspect import NotServable, inspect_folder
 from mlx_router_server.catalogue.kinds import Kind
 from mlx_router_server.catalogue.names import ModelName, parse_name
 from mlx_router_server.catalogue.overlay import NOTHING, Overlay
+from mlx_router_server.catalogue.scans import BoundedScans, ScanTimeout
 from mlx_router_server.catalogue.store import Manifest, Store
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError
 
 __all__ = ["DEMO_FOLDER", "Index", "IndexBuilder", "Registered", "Sources", "Unservable"]
 
 DEMO_FOLDER: Final = Path(__file__).parent / "demo"
+
+_SCAN_SECONDS: Final = 10.0
+_HANGING: Final = -1
+"""The stamp of a folder that did not answer: a change of it means that it answers again."""
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +87,7 @@ class IndexBuilder:
     def __init__(self, sources: Sources, store: Store | None) -> None:
         self.sources = sources
         self._store = store
+        self._scans = BoundedScans(_SCAN_SECONDS)
         self._inspected: dict[tuple[Path, str, tuple[tuple[str, int, int], ...]], ModelFiles | Unservable] = {}
 
     @property
@@ -89,43 +97,41 @@ class IndexBuilder:
 
     def stamps(self) -> tuple[tuple[str, int], ...]:
         """Modification times of the folders in which models come and go: a few system calls, no file is opened."""
-        return tuple(sorted(self._stamps_below()))
-
-    def _stamps_below(self) -> Iterator[tuple[str, int]]:
+        stamps: list[tuple[str, int]] = []
         if self._store is not None:
-            yield from _stamp(self._store.root / "manifests")
-            yield from _stamp(self._store.root / "pulled.json")
+            stamps += [*_stamp(self._store.root / "manifests"), *_stamp(self._store.root / "pulled.json")]
         roots = [*self.sources.folders] + ([self.sources.hub] if self.sources.hub else [])
         for root in roots:
-            yield from _stamp(root)
-            for first in _subfolders(root):
-                yield from _stamp(first)
-                for second in _subfolders(first):
-                    yield from _stamp(second)
-                    if first.name.startswith("models--") and second.name == "snapshots":
-                        for snapshot in _subfolders(second):
-                            yield from _stamp(snapshot)
+            try:
+                stamps += self._scans.run(f"stamps {root}", partial(_stamps_below, root))
+            except ScanTimeout:
+                stamps.append((str(root), _HANGING))
         for registered in self.sources.registered:
             if registered.path is not None:
-                yield from _stamp(registered.path)
+                path = registered.path
+                try:
+                    stamps += self._scans.run(f"stamps {path}", partial(_stamp, path))
+                except ScanTimeout:
+                    stamps.append((str(path), _HANGING))
+        return tuple(sorted(stamps))
 
     def build(self) -> Index:
         registered = {parse_name(said.name).key: said for said in self.sources.registered}
         entries: dict[str, ModelEntry] = {}
         unservable: dict[str, Unservable] = {}
-        for found in self._found():
+        for found, files in self._scanned(registered):
             try:
                 name = parse_name(found.name)
             except InvalidRequest:
-                unservable[found.name] = Unservable(reason="the name of its folder cannot be a model's name")
+                reason = found.problem or "the name of its folder cannot be a model's name"
+                unservable[found.name] = Unservable(reason=reason)
                 continue
             if name.key in entries:
                 continue
-            said = registered.get(name.key) or Registered(name=name.display)
-            files = self._inspect(found, said.kind)
             if isinstance(files, Unservable):
                 unservable[found.name] = files
                 continue
+            said = registered.get(name.key) or Registered(name=name.display)
             entry = ModelEntry(name=name, path=found.path, source=found.source, files=files)
             entries[name.key] = _with_registered(entry, said)
         self._add_created(entries, unservable)
@@ -202,26 +208,52 @@ class IndexBuilder:
         return ModelEntry(name=name, path=path, source="created", files=files, base=base, overlay=manifest.overlay,
                           adapter=adapter, adapter_bytes=_adapter_bytes(adapter))  # fmt: skip
 
-    def _found(self) -> Iterator[Found]:
-        hub = list(discover_hub(self.sources.hub)) if self.sources.hub is not None else []
-        by_repo = {found.name.lower(): found for found in hub}
-        for registered in self.sources.registered:
-            if registered.path is not None:
-                yield Found(registered.name, registered.path, "config")
-            elif registered.repo is not None and (found := by_repo.get(registered.repo.lower())) is not None:
-                yield Found(registered.name, found.path, "config")
-        if self.sources.demo:
-            yield Found("demo", DEMO_FOLDER, "demo")
-        for folder in self.sources.folders:
-            yield from discover_folders(folder)
+    def _scanned(self, registered: dict[str, Registered]) -> Iterator[tuple[Found, ModelFiles | Unservable]]:
+        """Every folder that looks like a model, with its facts, in the order of the sources.
+
+        Each root is read within a limit of its own: a disk that does not answer hides no other.
+        """
+        sources = self.sources
+
+        def inspect_all(found: Iterable[Found]) -> list[tuple[Found, ModelFiles | Unservable]]:
+            return [(each, self._inspect(each, _kind_of(each, registered))) for each in found]
+
+        def scan(root: Path, discover: Callable[[], Iterable[Found]]) -> list[tuple[Found, ModelFiles | Unservable]]:
+            try:
+                return self._scans.run(f"models {root}", lambda: inspect_all(discover()))
+            except ScanTimeout as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"its folder cannot be read: {error.strerror or error}"
+            return [(Found(str(root), root, "folder", root, problem), Unservable(reason=problem))]
+
+        hub = scan(sources.hub, partial(discover_hub, sources.hub)) if sources.hub is not None else []
+        by_repo = {found.name.lower(): found for found, _ in hub}
+        for said in sources.registered:
+            if said.path is not None:
+                named = Found(said.name, said.path, "config")
+                yield from ((replace(found, name=said.name), files)
+                            for found, files in scan(said.path, partial(list, [named])))  # fmt: skip
+            elif said.repo is not None and (known := by_repo.get(said.repo.lower())) is not None:
+                yield from inspect_all([Found(said.name, known.path, "config", problem=known.problem)])
+        if sources.demo:
+            yield from inspect_all([Found("demo", DEMO_FOLDER, "demo")])
+        for folder in sources.folders:
+            yield from scan(folder, partial(discover_folders, folder))
         yield from hub
 
     def _inspect(self, found: Found, said: str) -> ModelFiles | Unservable:
         """The facts, or why there are none; read again only when a file changed."""
+        if found.problem:
+            return Unservable(reason=found.problem)
         try:
-            listing = tuple(sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in found.path.iterdir()))
+            stats = {path.name: path.stat() for path in found.path.iterdir()}
         except OSError as error:
-            return Unservable(reason=f"its folder cannot be read: {error.strerror}")
+            return Unservable(reason=f"its folder cannot be read: {error.strerror or error}")
+        for name, facts in stats.items():
+            if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
+                return Unservable(reason=f"its {name} is neither a file nor a folder")  # reading a pipe may block
+        listing = tuple(sorted((name, facts.st_size, facts.st_mtime_ns) for name, facts in stats.items()))
         known = self._inspected.get((found.path, said, listing))
         if known is None:
             try:
@@ -269,16 +301,44 @@ def _capabilities_with(overlay: Overlay, files: ModelFiles) -> frozenset[Capabil
     return files.capabilities - {Capability.TOOLS, Capability.THINKING, Capability.VISION}
 
 
-def _stamp(path: Path) -> Iterator[tuple[str, int]]:
+def _kind_of(found: Found, registered: dict[str, Registered]) -> str:
+    """The kind that the configuration gives it, or an empty string."""
     try:
-        yield str(path), path.stat().st_mtime_ns
+        said = registered.get(parse_name(found.name).key)
+    except InvalidRequest:
+        return ""
+    return said.kind if said is not None else ""
+
+
+def _stamps_below(root: Path) -> list[tuple[str, int]]:
+    stamps = _stamp(root)
+    for first in _subfolders(root):
+        stamps += _stamp(first)
+        for second in _subfolders(first):
+            stamps += _stamp(second)
+            if first.name.startswith("models--") and second.name == "snapshots":
+                for snapshot in _subfolders(second):
+                    stamps += _stamp(snapshot)
+    return stamps
+
+
+def _stamp(path: Path) -> list[tuple[str, int]]:
+    try:
+        return [(str(path), path.stat().st_mtime_ns)]
     except OSError:
-        return
+        return []
 
 
 def _subfolders(root: Path) -> list[Path]:
     try:
         with os.scandir(root) as entries:
-            return [Path(entry.path) for entry in entries if entry.is_dir()]
+            return [Path(entry.path) for entry in entries if _is_folder(entry)]
     except OSError:
         return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

@@ -176,7 +176,9 @@ def _weight_files(folder: Path) -> list[Path]:
         shards = read_json(index).get("weight_map")
         named = set(shards.values()) if isinstance(shards, dict) else set()
         missing = sorted(str(name) for name in named if not (folder / str(name)).exists())
-        if missing:
+        # mlx-lm reads every model*.safetensors: an index of other shards beside the whole file is only stale.
+        is_stale = len(missing) == len(named) and (folder / "model.safetensors").is_file()
+        if missing and not is_stale:
             raise NotServable(f"the weights are incomplete: {missing[0]} is missing")
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
