@@ -130,14 +130,18 @@ async def _preload(server: Server) -> None:
 
 
 async def _watch_keys(keys: KeyRing) -> None:
-    """Keys that are added or taken away count within a second."""
+    """Follow changes of the key file; each failure is logged once."""
+    logged = ""
     while True:
         await asyncio.sleep(_KEYS_SECONDS)
         try:
             if await asyncio.to_thread(keys.refresh):
                 log.info("event=keys_changed")
+            logged = ""
         except KeyFileError as error:
-            log.error("event=keys_refused error=%r", str(error))
+            if str(error) != logged:
+                logged = str(error)
+                log.error("event=keys_refused error=%r", logged)
 
 
 def _can_keep(home: Path) -> bool:

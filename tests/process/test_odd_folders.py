@@ -29,6 +29,10 @@ def _copy(folder: Path) -> Path:
     return folder
 
 
+def _plain_copy(folder: Path) -> None:
+    _copy(folder)
+
+
 def _unreadable_folder(folder: Path) -> None:
     _copy(folder).chmod(0o000)
 
@@ -125,7 +129,7 @@ _ODD: dict[str, tuple[Callable[[Path], None], str]] = {
     "no-config": (_weights_without_config, "no config.json"),
     "no-weights": (_config_without_weights, "model.safetensors is missing"),
     "empty-config": (_empty_config, "config.json cannot be read"),
-    "bad name!": (lambda folder: shutil.copytree(DEMO_FOLDER, folder) and None, "cannot be a model's name"),
+    "bad name!": (_plain_copy, "cannot be a model's name"),
 }
 
 

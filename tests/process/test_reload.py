@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from mlx_router_server.cli.client import ApiError
 from tests.support.fakes import fake_config, write_fake
+from tests.support.http import call
 from tests.support.router import RouterProcess, running_router, wait_until
 
 
@@ -52,6 +54,38 @@ def test_a_file_that_cannot_be_understood_changes_nothing(home: Path) -> None:
         config.write_text('host = "0.0.0.0"\n' + good)
         assert "waiting_for_restart='host'" in _reload(router, "event=reloaded")
         assert router.generate("a")["done"] is True
+
+
+@pytest.mark.req("R23")
+def test_the_last_file_is_in_force_after_a_storm_of_signals(home: Path) -> None:
+    """A signal that arrives while the settings are being read leads to one more reading."""
+    with running_router(home, *fake_config(home, {"a": {"tokens": 2}})) as router:
+        config = home / "config.toml"
+        good = config.read_text()
+        for storm in range(12):
+            for number in range(8):
+                config.write_text(f"keep_alive = {1000 + 10 * storm + number}\n{good}")
+                router.process.send_signal(signal.SIGHUP)
+            wanted = 1000 + 10 * storm + 7
+            wait_until(partial(_keep_alive_is, router, wanted), f"keep_alive is {wanted}", 5)
+
+
+def _keep_alive_is(router: RouterProcess, seconds: float) -> bool:
+    return bool(router.client.get("/admin/config")["settings"]["keep_alive"] == seconds)
+
+
+@pytest.mark.req("R23", "R31")
+def test_a_file_that_is_gone_changes_nothing(home: Path) -> None:
+    """Above all it does not take the keys away that the file had."""
+    (home / "config.toml").write_text('api_keys = ["secret-of-somebody"]\n')
+    with running_router(home, "--standby-workers", "0") as router:
+        assert call(router, "GET", "/admin/config").status == 401
+        (home / "config.toml").unlink()
+        assert "config.toml" in _reload(router, "event=reload_refused")
+        assert call(router, "GET", "/admin/config").status == 401
+        (home / "config.toml").write_text('api_keys = ["another-secret"]\n')
+        _reload(router, "event=reloaded")
+        assert call(router, "GET", "/admin/config", x_api_key="another-secret").status == 200
 
 
 def test_a_terminal_that_is_closed_ends_the_router(home: Path) -> None:

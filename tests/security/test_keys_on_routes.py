@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +159,36 @@ def test_keys_come_and_go_while_the_router_runs(home: Path) -> None:
         assert call(router, "GET", "/api/tags").status == 401
         assert call(router, "GET", "/api/tags", x_api_key=text).status == 200
         assert text not in "\n".join(router.lines)
+
+
+@pytest.mark.req("R31")
+@pytest.mark.parametrize("way", ["file", "home", "pipe"])
+def test_keys_that_are_gone_stay_in_force(home: Path, way: str) -> None:
+    """A file that is deleted, or a home folder that is unmounted, opens nothing."""
+    text, key = make_key("new", [Scope.ADMIN])
+    write_keys(keys_file(home), [key])
+    with running_router(home, "--standby-workers", "0", cwd=home.parent) as router:
+        assert call(router, "GET", "/admin/config").status == 401
+        if way == "home":
+            home.rename(home.with_name("unmounted"))
+        else:
+            keys_file(home).unlink()
+            if way == "pipe":
+                os.mkfifo(keys_file(home))
+        router.wait_line("keys_refused")
+        assert call(router, "GET", "/admin/config").status == 401
+        assert call(router, "GET", "/admin/config", x_api_key=text).status == 200
+        if way == "home":
+            home.with_name("unmounted").rename(home)
+        else:
+            other, key = make_key("other", [Scope.ADMIN])
+            keys_file(home).unlink(missing_ok=True)
+            write_keys(keys_file(home), [key])
+            wait_until(
+                lambda: call(router, "GET", "/admin/config", x_api_key=other).status == 200, "the new key counts"
+            )
+            assert call(router, "GET", "/admin/config", x_api_key=text).status == 401
+        assert sum("keys_refused" in line for line in router.lines) == 1, "it is logged once"
 
 
 @pytest.mark.req("R31")

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Final
 
 from mlx_router_server.files import replace_file
@@ -106,7 +107,7 @@ class KeyRing:
 
     def __init__(self, configured: tuple[str, ...], file: Path | None) -> None:
         self._file = file
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: tuple[int, int, int] | None = None
         self._from_file: tuple[Key, ...] = ()
         self._configured: tuple[Key, ...] = ()
         self._local: tuple[Key, ...] = ()
@@ -128,18 +129,19 @@ class KeyRing:
         self._local = (Key(name="local", digest=_digest(text), scopes=frozenset(Scope)),)
 
     def refresh(self) -> bool:
-        """Whether the file had changed. Raises ``KeyFileError``, and then the keys stay as they were."""
+        """Read the file again if it has changed, and return whether it had. Raises ``KeyFileError``, and then the keys
+        stay as they were: a file that is gone or unreadable never opens a server that asked for keys."""
         if self._file is None:
             return False
-        try:
-            stat = self._file.stat()
-            stamp: tuple[int, int] | None = (stat.st_mtime_ns, stat.st_ino)
-        except OSError:
-            stamp = None
+        stamp = _stamp(self._file)
         if stamp == self._stamp:
             return False
-        self._stamp = stamp
+        if stamp is None and self._from_file:
+            raise KeyFileError(
+                f"{self._file} is missing: its keys stay in force; `mlx-router keys remove` takes single keys out"
+            )
         self._from_file = tuple(read_keys(self._file))
+        self._stamp = stamp
         return True
 
     def __bool__(self) -> bool:
@@ -156,6 +158,17 @@ class KeyRing:
 
 
 # ----------------------------------------------------------------------------------------------------- the file
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """Something that changes with the file; None if there is no file. Raises ``KeyFileError`` if that is unknown."""
+    try:
+        stat = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise KeyFileError(f"{file}: {error.strerror or error}") from None
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size
 
 
 def keys_file(home: Path) -> Path:
@@ -179,8 +192,11 @@ def local_key(home: Path, *, create: bool = False) -> str:
 def read_keys(file: Path) -> list[Key]:
     """The stored keys; none where there is no file. Raises ``KeyFileError``."""
     try:
-        if file.stat().st_size > _MOST_BYTES:
+        stat = file.stat()
+        if stat.st_size > _MOST_BYTES:
             raise KeyFileError(f"{file} is too large")
+        if not S_ISREG(stat.st_mode):  # reading a pipe would block
+            raise KeyFileError(f"{file} is not a regular file")
         data = json.loads(file.read_text(encoding="utf-8"))
         return [_read(item) for item in data["keys"]]
     except (FileNotFoundError, NotADirectoryError):

@@ -28,7 +28,7 @@ from mlx_router_server.lifecycle.states import State
 from mlx_router_server.service.launchd import LABEL
 from mlx_router_server.service.notify import Notifier, activated_sockets
 from mlx_router_server.settings import Settings, flags_of
-from mlx_router_server.settings_layers import SettingsError, home_folder, load_settings
+from mlx_router_server.settings_layers import SettingsError, config_file, home_folder, load_settings
 from mlx_router_server.telemetry.logs import configure_logs, quiet_uvicorn
 from mlx_router_server.version import __version__
 
@@ -58,10 +58,16 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
     addresses = [_address(listener) for listener in listeners]
     app = create_app(settings, home)
 
+    file = config_file(dict(os.environ), options.config)
+    was_read = options.config is not None or file.exists()
+
     async def reload_settings() -> None:
-        """What cannot be understood changes nothing."""
+        """Read the settings again; a file that is invalid, or gone since it was last read, changes nothing."""
+        nonlocal was_read
+        named = file if was_read else None
         try:
-            new = await asyncio.to_thread(load_settings, flags_of(options), dict(os.environ), options.config)
+            new = await asyncio.to_thread(load_settings, flags_of(options), dict(os.environ), named)
+            was_read = was_read or file.exists()
         except SettingsError as error:
             log.error("event=reload_refused error=%r", str(error))
             return
@@ -143,6 +149,7 @@ class _Server(uvicorn.Server):
         self._on_hangup = on_hangup
         self._reloading: asyncio.Future[None] | None = None
         self._hung_up = False
+        self._reload_wanted = False
         self._had_terminal = _has_terminal()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -181,15 +188,19 @@ class _Server(uvicorn.Server):
         return f"{len(server.catalogue.entries())} models, {loaded} loaded, {waiting} requests waiting"
 
     async def _reload(self) -> None:
+        """Read the settings until no SIGHUP has come since the last reading began."""
         self._notifier.reloading()
-        try:
-            await self._on_hangup()
-        except Exception:
-            log.exception("event=reload_failed")  # what was in force stays
+        while self._reload_wanted:
+            self._reload_wanted = False
+            try:
+                await self._on_hangup()
+            except Exception:
+                log.exception("event=reload_failed")  # what was in force stays
         self._notifier.ready(self._words())
 
     def _hang_up(self) -> None:
-        """SIGHUP: read the settings again, one reading at a time, once the application is there."""
+        """SIGHUP: read the settings again, one reading at a time, once the application has started."""
+        self._reload_wanted = True
         if self.started and (self._reloading is None or self._reloading.done()):
             self._reloading = asyncio.ensure_future(self._reload())
 
