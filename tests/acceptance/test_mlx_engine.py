@@ -13,6 +13,7 @@ from mlx_router_server.catalogue.catalogue import DEMO_FOLDER
 from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest
 from mlx_router_shared.generation import (
     Event,
+    Failure,
     Finish,
     GenerationRequest,
     Logprobs,
@@ -233,3 +234,37 @@ def test_extreme_sampling_parameters_do_not_raise_in_a_step(engine: MlxEngine, s
     _play(engine, out)
     assert isinstance(out["extreme"][-1], Finish)
     assert _text(out["beside"]) == GREETING
+
+
+def test_an_exception_in_the_text_of_one_stream_fails_that_stream_alone(
+    engine: MlxEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = {name: engine.submit(name, _ask("Hello!")) for name in ("broken", "sound")}
+
+    def fail(pieces: object) -> list[Event]:
+        raise KeyError("hole")
+
+    monkeypatch.setattr(engine._streams[engine._uids["broken"]].answer, "feed", fail)
+    _play(engine, out)
+    failure = out["broken"][-1]
+    assert isinstance(failure, Failure)
+    assert failure.code == "engine_failed"
+    assert _text(out["sound"]) == GREETING
+    assert isinstance(out["sound"][-1], Finish)
+
+
+def test_a_request_whose_stream_cannot_be_built_leaves_nothing_behind(
+    engine: MlxEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(request: object) -> None:
+        raise RuntimeError("no builder")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_answer_builder", fail)
+        with pytest.raises(RuntimeError):
+            engine.submit("r", _ask("Hello!"))
+    assert engine.streams == 0
+    engine.cancel("r")
+    out = {"next": engine.submit("next", _ask("Hello!"))}
+    _play(engine, out)
+    assert _text(out["next"]) == GREETING

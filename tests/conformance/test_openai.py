@@ -45,7 +45,6 @@ def _frames(data: bytes) -> list[Any]:
         (_body(temperature=3), 400, "temperature", "between 0 and 2"),
         (_body(top_p=2), 400, "top_p", "between 0 and 1"),
         (_body(presence_penalty=9), 400, "presence_penalty", "between -2 and 2"),
-        (_body(max_tokens=0), 400, "max_tokens", "at least 1"),
         (_body(n=0), 400, "n", "between 1 and 64"),
         (_body(n=65), 400, "n", "between 1 and 64"),
         (_body(top_logprobs=2), 400, "top_logprobs", "needs logprobs"),

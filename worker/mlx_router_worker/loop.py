@@ -70,18 +70,18 @@ class ComputeLoop:
     def run(self) -> int:
         """Serve until ``Shutdown`` or a failure that ends the worker. Returns the exit status."""
         while True:
-            while (command := self._take()) is not None:
-                status = self._obey(command)
-                if status is not None:
-                    return status
-            if self._engine.streams:
-                try:
+            try:
+                while (command := self._take()) is not None:
+                    status = self._obey(command)
+                    if status is not None:
+                        return status
+                if self._engine.streams:
                     self._step()
-                except Exception as error:
-                    # Caches and batch are in an unknown state after this: better a fresh process than wrong answers.
-                    log.exception("event=engine_failed")
-                    self._fail_all(f"the engine failed: {type(error).__name__}: {error}")
-                    return _EXIT_ENGINE_FAILED
+            except Exception as error:
+                # Caches and batch are in an unknown state after this: better a fresh process than wrong answers.
+                log.exception("event=engine_failed")
+                self._fail_all(f"the engine failed: {type(error).__name__}: {error}")
+                return _EXIT_ENGINE_FAILED
 
     def _take(self) -> ToWorker | None:
         """The next command; waits for one when there is nothing to compute."""

@@ -66,7 +66,6 @@ class AnswerStream:
     """A request that is being answered."""
 
     request_id: str
-    uid: int
     vocabulary: Vocabulary
     detokenizer: Any
     pieces: Any
@@ -102,7 +101,7 @@ class AnswerStream:
         new = not ended and not told_early  # the token that ends a turn is not part of its text
         if new:
             self.tokens += 1
-            with suppress(IndexError):  # an id that the model has and its tokenizer has not: no text
+            with suppress(IndexError, KeyError, TypeError):  # an id that the tokenizer does not know: no text
                 self.detokenizer.add_token(drawn.token)
         if self.context is not None and not told_early:
             self.context.append(drawn.token)

@@ -8,6 +8,7 @@ corrupts the rows of the other requests.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import time
@@ -20,7 +21,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, make_text_state_machine
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_router_shared.errors import InvalidRequest, LoadFailed, MlxRouterError, UnsupportedCapability
+from mlx_router_shared.errors import ErrorCode, InvalidRequest, LoadFailed, MlxRouterError, UnsupportedCapability
 from mlx_router_shared.generation import (
     ContextTokens,
     Event,
@@ -51,6 +52,8 @@ from mlx_router_worker.text.prompt import template_tools
 from mlx_router_worker.text.renderer import PromptRenderer, is_chat
 from mlx_router_worker.text.schemas import answer_grammar, call_grammar
 from mlx_router_worker.text.token_bytes import is_token
+
+log = logging.getLogger(__name__)
 
 __all__ = ["PREFILL_TOKENS", "MlxEngine", "Prompt"]
 
@@ -201,17 +204,8 @@ class MlxEngine(MlxBase):
             processors.append(guide)  # the last word is the grammar's
         # With a seed the same is to be drawn whether the lane is free or not, and guesses draw as well.
         repeatable = sampling.seed is not None and sampling.temperature != 0
-        if self._drafts is not None and self._drafts.free and not (processors or prompt.extra or repeatable):
-            uid = _DRAFT_UID
-            self._drafts.begin(uid, tokens, min(budget, room), sampler)
-        else:
-            (uid,) = self._generator.insert(
-                [tokens], [min(budget, room)], samplers=[sampler], logits_processors=[processors], **prompt.extra
-            )
-        self._uids[request_id] = uid
-        self._streams[uid] = AnswerStream(
+        stream = AnswerStream(
             request_id=request_id,
-            uid=uid,
             vocabulary=self._words,
             detokenizer=self._detokenizer(None if chat and not request.continue_final else tokens[-1]),
             pieces=pieces,
@@ -224,6 +218,16 @@ class MlxEngine(MlxBase):
             guide=guide,
             context=list(tokens) if request.wants_context else None,
         )
+        # Last of all, because a row without a stream would be generated to its end for nobody.
+        if self._drafts is not None and self._drafts.free and not (processors or prompt.extra or repeatable):
+            uid = _DRAFT_UID
+            self._drafts.begin(uid, tokens, min(budget, room), sampler)
+        else:
+            (uid,) = self._generator.insert(
+                [tokens], [min(budget, room)], samplers=[sampler], logits_processors=[processors], **prompt.extra
+            )
+        self._uids[request_id] = uid
+        self._streams[uid] = stream
         return []
 
     def _detokenizer(self, continued: int | None) -> Any:
@@ -327,7 +331,7 @@ class MlxEngine(MlxBase):
             self._drafts.cancel()
         else:
             self._generator.remove([uid])
-        del self._streams[uid]
+        self._streams.pop(uid, None)
 
     @property
     def streams(self) -> int:
@@ -376,7 +380,13 @@ class MlxEngine(MlxBase):
         if stream is None:
             return
         before = stream.tokens
-        events = stream.advance(drawn)
+        try:
+            events = stream.advance(drawn)
+        except Exception as error:
+            # What becomes of a token as text concerns this stream alone; the batch is as it was.
+            log.exception("event=stream_failed request=%s", stream.request_id)
+            message = f"the answer could not be read: {type(error).__name__}: {error}"
+            events = [Failure(code=ErrorCode.ENGINE_FAILED, message=message)]
         self._tokens_total += stream.tokens - before
         if events:
             out.append(StreamEvents(request_id=stream.request_id, events=events))

@@ -6,7 +6,7 @@ None of them may raise in a step: an exception there corrupts the rows of the ot
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,9 +17,6 @@ from mlx_router_shared.generation import Sampling
 from mlx_router_worker.text.guide import Guide, as_mask
 
 __all__ = ["GuideProcessor", "Sampler", "Samplers", "processors_for"]
-
-# Beyond it every token is as likely as every other; an infinite one would make numbers that are none.
-_HOTTEST: Final = 1000.0
 
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
@@ -33,7 +30,8 @@ class Samplers:
         self._known: dict[tuple[float, float, int, float], Sampler] = {}
 
     def get(self, sampling: Sampling) -> Sampler:
-        temperature = min(sampling.temperature if sampling.temperature is not None else 1.0, _HOTTEST)
+        """Return the sampler of normalised parameters (``sampling.normalise``)."""
+        temperature = sampling.temperature if sampling.temperature is not None else 1.0
         if temperature == 0:
             return greedy_sampler
         top_k = sampling.top_k or 0

@@ -97,9 +97,7 @@ def _discover_folder(entry: os.DirEntry[str], name: str, root: Path, depth: int)
     try:
         if not _inside(path, root):
             if _leads_to_folder(path):
-                yield Found(
-                    name, path, "folder", root, "it is a link that leads out of the folder, and is not followed"
-                )
+                yield Found(name, path, "folder", root, _STRAY)
             return
         if not entry.is_dir():
             return

@@ -185,11 +185,10 @@ def _prompt(asked: _CountBody) -> tuple[dict[str, Any], dict[Needs, Need]]:
 
 
 def _check_ranges(asked: _MessagesBody) -> None:
-    for name, value, high in (("temperature", asked.temperature, 2), ("top_p", asked.top_p, 1)):
-        if value is not None and not 0 <= value <= high:
+    # A top_p of -1 says "off"; the worker's normalise() gives it that meaning.
+    for name, value, low, high in (("temperature", asked.temperature, 0, 2), ("top_p", asked.top_p, -1, 1)):
+        if value is not None and not low <= value <= high:
             raise InvalidRequest(f"{name} must be between 0 and {high}, not {value:g}", param=name)
-    if asked.top_k is not None and asked.top_k < 0:
-        raise InvalidRequest("top_k must not be negative", param="top_k")
 
 
 def _budget(thinking: dict[str, Any]) -> int | None:

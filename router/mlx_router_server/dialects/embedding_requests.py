@@ -10,7 +10,7 @@ from msgspec import Struct, field
 from mlx_router_server.dialects.body import Int64, convert, read_object
 from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
-from mlx_router_server.dialects.openai_common import is_token_ids
+from mlx_router_server.dialects.openai_common import is_token_ids, limit_of
 from mlx_router_server.dialects.openai_requests import ACCOUNTING
 from mlx_router_server.durations import parse_duration
 from mlx_router_shared.errors import InvalidRequest
@@ -117,12 +117,10 @@ def parse_rerank(body: bytes) -> RerankCall:
         raise InvalidRequest("documents has to be a list of texts", param="documents")
     if len(documents) > _MOST_INPUTS:
         raise InvalidRequest(f"documents holds more than {_MOST_INPUTS} items", param="documents")
-    if rerank.top_n is not None and rerank.top_n < 1:
-        raise InvalidRequest("top_n must be at least 1", param="top_n")
     texts = [str(text) for text in documents]
     request = RerankRequest(query=rerank.query, documents=texts)
     call = _other_call(rerank, request, Needs.RERANK, "rerank", ignored)
-    return RerankCall(call, texts, rerank.top_n or len(texts), rerank.return_documents)
+    return RerankCall(call, texts, limit_of(rerank.top_n) or len(texts), rerank.return_documents)
 
 
 def _other_call(

@@ -12,6 +12,7 @@ from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.go_template import render_prompt
 from mlx_router_server.dialects.images import image_from_base64
+from mlx_router_server.dialects.openai_common import limit_of
 from mlx_router_server.dialects.options import OLLAMA_DEFAULTS, Options, parse_options
 from mlx_router_server.dialects.schemas import ANY_OBJECT, schema_text
 from mlx_router_server.durations import parse_duration
@@ -252,13 +253,14 @@ def parse_embed(body: bytes) -> GenerateCall:
         raise InvalidRequest("invalid input type", param="input")
     if not all(isinstance(text, str) for text in texts):
         raise InvalidRequest("invalid input type", param="input")
-    if embed.dimensions < 0:
-        raise InvalidRequest("dimensions must not be negative", param="dimensions")
     keep_alive = _keep_alive(embed.keep_alive)
     if texts in ([], [""]):
         return GenerateCall(model=embed.model, keep_alive_seconds=keep_alive, call=None)
     request = EmbeddingRequest(
-        texts=texts, truncate=embed.truncate, dimensions=embed.dimensions or None, normalize=True
+        texts=texts,
+        truncate=embed.truncate,
+        dimensions=limit_of(embed.dimensions),
+        normalize=True,
     )
     return _embedding_call(embed.model, keep_alive, request, embed.options, ignored)
 

@@ -21,6 +21,7 @@ __all__ = [
     "first_said",
     "function_name",
     "is_token_ids",
+    "limit_of",
     "read_effort",
     "read_part",
     "sampling_of",
@@ -67,30 +68,34 @@ def sampling_of(body: SamplingFields, options: Options) -> Sampling:
         repeat_last_n=said.repeat_last_n,
         presence_penalty=first_said(body.presence_penalty, said.presence_penalty),
         frequency_penalty=first_said(body.frequency_penalty, said.frequency_penalty),
-        seed=first_said(body.seed, said.seed),
+        seed=said.seed if body.seed is None or body.seed < 0 else body.seed,  # a negative one asks for any
         logit_bias=_logit_bias(body.logit_bias),
     )
 
 
-def check_ranges(body: SamplingFields, *counts: tuple[str, int | None]) -> None:
-    """Raises ``InvalidRequest`` that names the field; each of ``counts`` has to be at least 1."""
+def check_ranges(body: SamplingFields) -> None:
+    """Raise ``InvalidRequest`` that names the first field that is out of range.
+
+    Numbers by which clients say "off" or "no limit" (``top_k`` -1, ``max_tokens`` 0 or -1 and the like) are not
+    refused: ``limit_of`` and the worker's ``normalise`` give them their meaning.
+    """
     ranges: tuple[tuple[str, float | None, float, float], ...] = (
         ("temperature", body.temperature, 0, 2),
-        ("top_p", body.top_p, 0, 1),
-        ("min_p", body.min_p, 0, 1),
+        ("top_p", body.top_p, -1, 1),
+        ("min_p", body.min_p, -1, 1),
         ("presence_penalty", body.presence_penalty, -2, 2),
         ("frequency_penalty", body.frequency_penalty, -2, 2),
     )
     for name, value, low, high in ranges:
         if value is not None and not low <= value <= high:
+            low = 0 if name in ("top_p", "min_p") else low
             raise InvalidRequest(f"{name} must be between {low} and {high}, not {value:g}", param=name)
-    for name, number in (*counts, ("num_ctx", body.num_ctx)):
-        if number is not None and number < 1:
-            raise InvalidRequest(f"{name} must be at least 1, not {number}", param=name)
-    if body.top_k is not None and body.top_k < 0:
-        raise InvalidRequest("top_k must not be negative", param="top_k")
-    if body.repetition_penalty is not None and body.repetition_penalty <= 0:
-        raise InvalidRequest("repetition_penalty must be greater than 0", param="repetition_penalty")
+
+
+def limit_of(*counts: int | None) -> int | None:
+    """Return the first count that is a limit. 0 and negative numbers say "no limit", as Ollama's do."""
+    said = next((count for count in counts if count is not None), None)
+    return said if said is not None and said > 0 else None
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:

@@ -15,8 +15,8 @@ from mlx_router_server.dialects.openai_common import (
     OPENAI_DEFAULTS,
     SamplingFields,
     check_ranges,
-    first_said,
     is_token_ids,
+    limit_of,
     read_effort,
     read_part,
     sampling_of,
@@ -172,7 +172,7 @@ def parse_chat_completion(body: bytes) -> Call:
     ignored = CHAT_FIELDS.check(data)
     if not chat.messages:
         raise InvalidRequest("[] is too short - 'messages'", param="messages")
-    check_ranges(chat, ("max_tokens", chat.max_tokens), ("max_completion_tokens", chat.max_completion_tokens))
+    check_ranges(chat)
     _check_logprobs(chat)
     if any(kind != "text" for kind in chat.modalities):
         raise UnsupportedCapability("this server answers in text only", param="modalities")
@@ -199,7 +199,7 @@ def parse_chat_completion(body: bytes) -> Call:
         thinking=thinking,
         thinking_effort=effort,
         schema=None if use.forced else read_response_format(chat.response_format, "response_format"),
-        max_tokens=chat.max_completion_tokens or chat.max_tokens or options.max_tokens,
+        max_tokens=limit_of(chat.max_completion_tokens, chat.max_tokens, options.max_tokens),
         top_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
     )
     return _call(chat, [request], needs, options, ignored)
@@ -210,8 +210,7 @@ def parse_completion(body: bytes) -> Call:
     data = read_object(body, empty="EOF")
     completion = convert(data, _CompletionBody)
     ignored = COMPLETION_FIELDS.check(data)
-    free = completion.echo and completion.max_tokens == 0
-    check_ranges(completion, ("max_tokens", None if free else completion.max_tokens))
+    check_ranges(completion)
     needs = {Needs.COMPLETION: Need('"{name}" does not support completions')}
     if completion.suffix:
         needs[Needs.INSERT] = Need("{full} does not support insert", "suffix")
@@ -220,7 +219,10 @@ def parse_completion(body: bytes) -> Call:
     if completion.logprobs is not None and not 0 <= completion.logprobs <= 5:
         raise InvalidRequest("logprobs must be between 0 and 5", param="logprobs")
     options = parse_options(completion.options)
-    limit = first_said(completion.max_tokens, first_said(options.max_tokens, _COMPLETION_TOKENS))
+    if completion.echo and completion.max_tokens == 0:
+        limit: int | None = 0  # the prompt alone
+    else:
+        limit = limit_of(completion.max_tokens, options.max_tokens, _COMPLETION_TOKENS)
     requests = [
         _request(
             completion,
@@ -271,7 +273,7 @@ def _request(body: _Common, options: Options, **more: Any) -> GenerationRequest:
     return GenerationRequest(
         sampling=sampling_of(body, options),
         sampling_defaults=OPENAI_DEFAULTS,
-        context_tokens=first_said(body.num_ctx, options.context_tokens),
+        context_tokens=limit_of(body.num_ctx, options.context_tokens),
         stop=[text for text in stop if text] or options.stop,
         **more,
     )

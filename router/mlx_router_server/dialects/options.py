@@ -104,11 +104,11 @@ def parse_options(options: dict[str, Any]) -> Options:
     seed = values.get("seed")
     return Options(
         sampling=Sampling(
-            temperature=_not_negative(values, "temperature"),
-            top_p=_not_negative(values, "top_p"),
-            top_k=max(values["top_k"], 0) if "top_k" in values else None,
-            min_p=_share(values, "min_p"),
-            repeat_penalty=_not_negative(values, "repeat_penalty"),
+            temperature=values.get("temperature"),
+            top_p=values.get("top_p"),
+            top_k=values.get("top_k"),
+            min_p=values.get("min_p"),
+            repeat_penalty=values.get("repeat_penalty"),
             repeat_last_n=values.get("repeat_last_n"),
             presence_penalty=values.get("presence_penalty"),
             frequency_penalty=values.get("frequency_penalty"),
@@ -144,18 +144,4 @@ def _check(name: str, value: Any) -> Any:
             raise InvalidRequest('option "stop" must be of type array', param="options.stop")
         if not all(isinstance(part, str) for part in value):
             raise InvalidRequest('option "stop" must be of an array of strings', param="options.stop")
-    return value
-
-
-def _not_negative(values: dict[str, Any], name: str) -> float | None:
-    value: float | None = values.get(name)
-    if value is not None and value < 0:
-        raise InvalidRequest(f'option "{name}" must not be negative', param=f"options.{name}")
-    return value
-
-
-def _share(values: dict[str, Any], name: str) -> float | None:
-    value: float | None = values.get(name)
-    if value is not None and not 0 <= value <= 1:
-        raise InvalidRequest(f'option "{name}" must be between 0 and 1', param=f"options.{name}")
     return value

@@ -16,7 +16,7 @@ from mlx_router_server.dialects.openai_common import (
     OPENAI_DEFAULTS,
     SamplingFields,
     check_ranges,
-    first_said,
+    limit_of,
     read_effort,
     read_part,
     sampling_of,
@@ -143,7 +143,7 @@ def parse_responses(body: bytes) -> ResponsesCall:
     data = read_object(body, empty="EOF")
     asked = convert(data, _Body)
     ignored = RESPONSE_FIELDS.check(data)
-    check_ranges(asked, ("max_output_tokens", asked.max_output_tokens))
+    check_ranges(asked)
     if asked.top_logprobs is not None and not 0 <= asked.top_logprobs <= 20:
         raise InvalidRequest("top_logprobs must be between 0 and 20", param="top_logprobs")
     if asked.truncation not in ("auto", "disabled"):
@@ -174,8 +174,8 @@ def parse_responses(body: bytes) -> ResponsesCall:
         thinking=thinking,
         thinking_effort=level,
         schema=None if use.forced else read_response_format(form, "text.format"),
-        max_tokens=asked.max_output_tokens or options.max_tokens,
-        context_tokens=first_said(asked.num_ctx, options.context_tokens),
+        max_tokens=limit_of(asked.max_output_tokens, options.max_tokens),
+        context_tokens=limit_of(asked.num_ctx, options.context_tokens),
         stop=options.stop,
         truncate=asked.truncation == "auto",
         top_logprobs=(asked.top_logprobs or 0) if logprobs else None,
