@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER
 from mlx_router_shared.generation import Tool
 from mlx_router_worker.text.grammar import Grammars
-from mlx_router_worker.text.guide import AllBut, Allowed, Guide, Markers, as_mask
+from mlx_router_worker.text.guide import AllBut, Allowed, Favourite, Guide, Markers, as_mask
 from mlx_router_worker.text.schemas import answer_grammar, call_grammar
 
 _TEXT = (DEMO_FOLDER / "tokenizer.json").read_text(encoding="utf-8")
@@ -32,6 +33,11 @@ _NESTED = json.dumps({"type": "object", "properties": {"a": {"type": "array", "m
 @pytest.fixture(scope="module")
 def grammars() -> Grammars:
     return Grammars(_TEXT, _END)
+
+
+def _always(token: int) -> Favourite:
+    """A model that wants this token."""
+    return lambda mask: token
 
 
 def _permits(allowed: Allowed, token: int) -> bool:
@@ -91,7 +97,7 @@ def test_thinking_is_free_and_ends_when_the_answer_needs_the_room(grammars: Gram
         guide.take(word)
         guide.take(word + 1)
     assert guide.allowed() == [_IDS["</think>"]]
-    assert guide.cut
+    assert not guide.cut, "the answer itself is whole"
     _write(guide, grammars, "</think>")
     assert not _permits(guide.allowed(), _IDS["<think>"]), "once"
 
@@ -145,18 +151,100 @@ def test_with_a_schema_a_call_may_stand_in_for_the_answer(grammars: Grammars) ->
     assert _permits(guide.allowed(), grammars.tokenizer.tokenize_str("{")[0])
 
 
-def test_a_model_that_goes_round_in_circles_is_brought_to_an_end(grammars: Grammars) -> None:
-    guide = Guide(markers=_MARKERS, end_tokens=_END, budget=100_000, text=grammars.follow(answer_grammar(_SCHEMA)))
-    _write(guide, grammars, '{"name": "')
-    letter = grammars.tokenizer.tokenize_str("w")[0]
-    written = 0
-    while not guide.cut:
-        _write(guide, grammars, "wv"[written % 2])
-        written += 1
-    assert 40 < written <= 48
+_WAYS: list[tuple[dict[str, Any], str, int]] = [
+    ({"email": {"type": "string", "format": "email"}}, '{"email": "', 12),
+    ({"price": {"type": "number", "exclusiveMinimum": 0}}, '{"price": 0.', 6),
+    ({"price": {"type": "number", "exclusiveMaximum": 0}}, '{"price": ', 6),
+    ({"price": {"type": "number", "exclusiveMinimum": 0.5}}, '{"price": 0.', 6),
+    ({"n": {"type": "integer", "minimum": 57, "maximum": 58}}, '{"n": ', 6),
+    ({"n": {"type": "integer", "multipleOf": 7, "minimum": 1}}, '{"n": ', 6),
+    ({"t": {"type": "string", "format": "duration"}}, '{"t": "', 10),
+    ({"t": {"type": "string", "format": "date-time"}}, '{"t": "20', 30),
+    ({"t": {"type": "string", "format": "uuid"}}, '{"t": "', 45),
+    ({"t": {"type": "string", "format": "ipv4"}}, '{"t": "', 14),
+    ({"t": {"type": "string", "pattern": "^[QX]{3}-Z$"}}, '{"t": "', 12),
+    ({"t": {"type": "string", "pattern": "^\\u00e9+$"}}, '{"t": "', 8),
+    ({"t": {"type": "string", "minLength": 20}}, '{"t": "', 30),
+    ({"t": {"enum": ["alpha", "beta"]}}, '{"t": "', 12),
+    ({"t": {"anyOf": [{"type": "null"}, {"type": "string", "pattern": "^a{9}$"}]}}, '{"t": ', 4),
+    ({"t": {"type": "array", "items": {"type": "boolean"}, "minItems": 3}}, '{"t": [', 20),
+    ({f"p{n}": {"type": "string"} for n in range(40)}, '{"p0": "', 400),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("properties", "begun", "most"), _WAYS, ids=lambda value: str(value)[:50])
+def test_there_is_a_short_way_out_of_every_value(
+    grammars: Grammars, properties: dict[str, Any], begun: str, most: int
+) -> None:
+    """It ends as JSON that satisfies the schema, in about as many tokens as it takes."""
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    follower = grammars.follow(answer_grammar(json.dumps(schema)))
+    tokens = list(grammars.tokenizer.tokenize_str(begun))
+    for token in tokens:
+        follower.take(token)
+    assert not follower.broken
+    way = follower.way_out()
+    assert way is not None
+    assert len(way) <= most
+    text = grammars.tokenizer.decode_bytes([*tokens, *way]).decode()
+    jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
+
+
+_ANSWERS: list[tuple[dict[str, Any], str]] = [
+    ({"email": {"type": "string", "format": "email"}}, '{"email": "ann@example.com"}'),
+    ({"price": {"type": "number", "exclusiveMinimum": 0}}, '{"price": 2.75 }'),
+    ({"grid": {"type": "array", "items": {"type": "integer"}}}, '{"grid": [' + ", ".join("0" * 64) + "]}"),
+    ({"flags": {"type": "array", "items": {"type": "boolean"}}}, '{"flags": [' + ", ".join(["false"] * 40) + "]}"),
+    ({"rule": {"type": "string"}}, '{"rule": "' + "=" * 120 + '"}'),
+    ({"a": {"type": "array", "items": {"type": "array", "items": {"enum": [0, 1]}}}},
+     '{"a": [' + ", ".join(["[0, 0, 0, 0]"] * 20) + "]}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("properties", "answer"), _ANSWERS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("spare", [1, 2, 5, 20, 250])
+def test_an_answer_that_ends_in_time_is_not_altered(
+    grammars: Grammars, properties: dict[str, Any], answer: str, spare: int
+) -> None:
+    """However little of the budget it leaves: the model's own next token is the one that is allowed."""
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    tokens = list(grammars.tokenizer.tokenize_str(answer))
+    guide = Guide(markers=_MARKERS, end_tokens=_END, budget=len(tokens) + spare,
+                  text=grammars.follow(answer_grammar(json.dumps(schema))))  # fmt: skip
+    for token in tokens:
+        allowed = guide.allowed(_always(token))
+        assert _permits(allowed, token), grammars.tokenizer.decode_str([token])
+        guide.take(token)
+    assert guide.allowed() == _END
+    assert not guide.cut
+
+
+def test_an_answer_that_would_not_end_in_time_is_brought_to_its_end(grammars: Grammars) -> None:
+    guide = Guide(markers=_MARKERS, end_tokens=_END, budget=60, text=grammars.follow(answer_grammar(_SCHEMA)))
+    letters = grammars.tokenizer.tokenize_str("wv")
+    drawn: list[int] = list(grammars.tokenizer.tokenize_str('{"name": "'))
+    for token in drawn:
+        guide.take(token)
+    while drawn[-1] not in _END:
+        favourite = letters[len(drawn) % 2]
+        mask = as_mask(guide.allowed(_always(favourite)), 1024)
+        drawn.append(favourite if mask is None or mask[favourite] else int(np.flatnonzero(mask)[0]))
+        guide.take(drawn[-1])
+    assert 50 <= len(drawn) - 1 <= 60, "the end token is not part of the text"
     assert guide.cut
-    assert not _permits(guide.allowed(), letter)
-    assert len(_random_walk(guide, 0, 50)) < 30
+    assert set(json.loads(grammars.tokenizer.decode_bytes(drawn[:-1]))) == {"name", "n"}
+
+
+def test_a_number_that_does_not_end_is_ended(grammars: Grammars) -> None:
+    guide = Guide(markers=_MARKERS, end_tokens=_END, budget=100_000, text=grammars.follow(answer_grammar(_SCHEMA)))
+    _write(guide, grammars, '{"name": "x", "n": 1')
+    seven = grammars.tokenizer.tokenize_str("7")[0]
+    written = 0
+    while not guide.cut and _permits(guide.allowed(), seven):
+        guide.take(seven)
+        written += 1
+    assert 300 < written < 500
+    assert guide.cut
 
 
 def test_a_mask_is_as_wide_as_the_models_vocabulary() -> None:

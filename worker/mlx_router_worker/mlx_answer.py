@@ -113,8 +113,9 @@ class AnswerStream:
             self._logprobs.append((self._text_length, entry))
         self._text_length += sum(len(text) for kind, text in pieces if kind == "normal")
         events = self.answer.feed(pieces)
+        whole = ended or (drawn.finish_reason is not None and self._is_whole(drawn.token))
         if drawn.finish_reason is not None:
-            events += self.answer.finish(cut=not ended)
+            events += self.answer.finish(cut=not whole)
         events += self._settled_logprobs(drawn.finish_reason is not None)
         if events and isinstance(events[-1], Failure):
             return events
@@ -124,13 +125,17 @@ class AnswerStream:
             reason = self.answer.finish_reason
         elif drawn.finish_reason is None:
             return events
-        elif not ended:
+        elif not whole:
             reason = self.full_reason
         elif self.guide is not None and self.guide.guide.cut:
             reason = FinishReason.LENGTH
         else:
             reason = self.answer.finish_reason
         return [*events, *self._end(reason)]
+
+    def _is_whole(self, token: int) -> bool:
+        """Whether the answer's grammar ends with the last token of the budget: then nothing is missing."""
+        return self.guide is not None and self.guide.is_complete_after(self.tokens, token)
 
     def _cut(self, last: bool) -> list[tuple[str, str]]:
         """The new text, cut into reasoning, calls and what is neither."""

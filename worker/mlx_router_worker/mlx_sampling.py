@@ -6,6 +6,7 @@ None of them may raise in a step: an exception there corrupts the rows of the ot
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, greedy_sa
 
 from mlx_router_shared.errors import InvalidRequest
 from mlx_router_shared.generation import Sampling
+from mlx_router_worker.text.grammar import Mask
 from mlx_router_worker.text.guide import Guide, as_mask
 
 __all__ = ["GuideProcessor", "Sampler", "Samplers", "processors_for"]
@@ -85,6 +87,13 @@ def processors_for(sampling: Sampling, context_tokens: int, is_token: Callable[[
     return processors
 
 
+def _favourite(logits: mx.array, mask: Mask) -> int:
+    """The most likely of the allowed tokens."""
+    width = min(logits.shape[-1], len(mask))
+    allowed = mx.where(mx.array(mask[:width]), logits[0, :width], mx.array(-np.inf, logits.dtype))
+    return int(mx.argmax(allowed))
+
+
 class GuideProcessor:
     """Lets a guide see what was drawn and applies what it allows. Reading a token waits for its step, so only rows
     with a guide pay for it. A failure is kept in ``failure`` and the row passes unguided until it is removed."""
@@ -93,15 +102,27 @@ class GuideProcessor:
         self.guide = guide
         self.failure = ""
         self._began = False
+        self._taken = 0
+
+    def is_complete_after(self, count: int, token: int) -> bool:
+        """Whether the text of the grammar is whole after ``count`` tokens, of which ``token`` is the last and the last
+        of the budget; the guide may not have seen it."""
+        if self.failure or self.guide.idle:
+            return False
+        if self._taken < count:
+            self._taken = count
+            self.guide.take(token)
+        return self.guide.complete
 
     def __call__(self, tokens: Any, logits: mx.array) -> mx.array:
         if self.failure or self.guide.idle:
             return logits
         try:
             if self._began:
+                self._taken += 1
                 self.guide.take(int(tokens[-1].item()))
             self._began = True  # what came before is the prompt
-            mask = as_mask(self.guide.allowed(), logits.shape[-1])
+            mask = as_mask(self.guide.allowed(partial(_favourite, logits)), logits.shape[-1])
             if self.guide.broken:
                 raise RuntimeError(self.guide.broken)
             if mask is None:

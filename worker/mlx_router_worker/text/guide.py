@@ -21,15 +21,14 @@ import numpy as np
 
 from mlx_router_worker.text.grammar import Follower, Mask
 
-__all__ = ["AllBut", "Allowed", "Guide", "Markers", "as_mask"]
+__all__ = ["AllBut", "Allowed", "Favourite", "Guide", "Markers", "as_mask"]
 
-# A constrained model whose last tokens are the same few over and over will not come to an end by itself.
-_CIRCLE: Final = 48
-_FEW: Final = 3
+_LONGEST_NUMBER: Final = 400
+"""Characters. Longer than any number that a program writes: a model that goes on will not stop by itself."""
 _LEAST_ANSWER: Final = 16  # tokens beyond the shortest answer that thinking leaves
+_MOST_TRIED: Final = 64  # tokens of a way out, up to which the model's own choice is tried first
 # One token can open a block and a name in it (`{"`): what has to be closed then, and the token itself.
 _MOST_GROWTH: Final = 8
-_LOOK_FOR_WAY_OUT: Final = 256  # tokens left, from where on the way out is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +40,9 @@ class AllBut:
 
 Allowed = Mask | list[int] | AllBut | None
 """A mask over the vocabulary, a few tokens, all but a few, or None for all."""
+
+Favourite = Callable[[Mask], int]
+"""The token that the model would choose among those of a mask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,15 +95,16 @@ class Guide:
         self._most_thinking = max_thinking_tokens
         self._left = budget
         self._recent: deque[int] = deque(maxlen=max(len(markers.think_end), len(markers.call_end), 1))
-        self._lately: deque[int] = deque(maxlen=_CIRCLE)
         self._last: int | None = None
-        self._closing = False
+        self._way: list[int] | None = None
+        """The tokens that remain of the way out, once there is room for little more."""
+        self._leave_value = False
         self._called = False
         self._reserve: int | None = None
         """Tokens that thinking has to leave for the answer."""
-        self._look_at = _LOOK_FOR_WAY_OUT
+        self._look_at = budget
         self.cut = False
-        """The text was brought to its end, because it would not have come there in time."""
+        """The model would have written something else, and would not have come to the end of the text in time."""
 
     @property
     def broken(self) -> str:
@@ -109,11 +112,18 @@ class Guide:
         return next((f.broken for f in (self._text, self._call) if f is not None and f.broken), "")
 
     @property
+    def complete(self) -> bool:
+        """The text of the grammar is whole: nothing but the end of the turn may follow."""
+        return self._phase is _Phase.END
+
+    @property
     def idle(self) -> bool:
         """Everything is allowed from here on, whatever is drawn."""
         return self._phase is _Phase.TEXT and self._text is None and self._make_call is None and not self._forced
 
-    def allowed(self) -> Allowed:
+    def allowed(self, favourite: Favourite | None = None) -> Allowed:
+        """What may be drawn next. ``favourite`` is asked near the end of the budget: as long as the text can still come
+        to its end in time after it, the model has its way."""
         if self._forced:
             return [self._forced[0]]
         match self._phase:
@@ -122,15 +132,14 @@ class Guide:
             case _Phase.END:
                 return self._end_tokens
             case _Phase.CALL:
-                return self._by(self._call)
+                return self._by(self._call, favourite)
             case _Phase.TEXT:
-                return self._by(self._text)
+                return self._by(self._text, favourite)
             case _Phase.START:
                 return self._at_start()
 
     def take(self, token: int) -> None:
         self._left -= 1
-        self._lately.append(token)
         self._last = token
         self._recent.append(token)
         if self._forced:
@@ -199,11 +208,13 @@ class Guide:
         elif list(self._recent)[-len(end) :] == list(end):
             self._may_think = False
             self._phase = _Phase.START
-        elif self._most_thinking is not None and self._thought >= self._most_thinking:
+        elif self._thinks_too_long():
             self._end_thinking()
-        elif self._text is not None and self._left <= self._reserved(self._text):
-            self.cut = True
-            self._end_thinking()
+
+    def _thinks_too_long(self) -> bool:
+        if self._most_thinking is not None and self._thought >= self._most_thinking:
+            return True
+        return self._text is not None and self._left <= self._reserved(self._text)
 
     def _end_thinking(self) -> None:
         self._forced.extend(self._markers.think_end)
@@ -212,7 +223,8 @@ class Guide:
 
     def _reserved(self, text: Follower) -> int:
         if self._reserve is None:
-            needed = text.way_out() + len(self._lead)
+            # Where no way out is known, thinking leaves the least: nothing is gained by ending it early.
+            needed = len(text.way_out() or ()) + len(self._lead)
             self._reserve = len(self._markers.think_end) + needed + max(needed, _LEAST_ANSWER)
         return self._reserve
 
@@ -243,30 +255,72 @@ class Guide:
             else:
                 self._watch(self._call)
         if over:
-            self._call = None
+            self._call = self._way = None
             self._called = True
             # Free text may follow a call, and the next call; a schema binds a final answer, which this is not.
             self._phase = _Phase.TEXT if self._text is None else _Phase.START
 
     # ------------------------------------------------------------- coming to an end
 
-    def _by(self, follower: Follower | None) -> Allowed:
+    def _by(self, follower: Follower | None, favourite: Favourite | None) -> Allowed:
         if follower is None:
             return None
-        if self._closing and (token := follower.closing_token()) is not None:
-            return [token]
-        return follower.mask()
+        mask = follower.mask()
+        if self._leave_value:
+            self._leave_value = False
+            if (end := follower.end_of_value()) is not None:
+                self.cut = True
+                self._forced.extend(end[1:])
+                return end[:1] if end else mask
+        if self._way is None:
+            return mask
+        if not self._way:
+            self._way = follower.way_out()
+            if not self._way:
+                self._way = None
+                return mask
+        token = favourite(mask) if favourite is not None else self._way[0]
+        if token != self._way[0]:
+            way = self._way_after(follower, token)
+            if way is not None:
+                self._way = [token, *way]
+            else:
+                self.cut = True
+        return [self._way[0]]
+
+    def _way_after(self, follower: Follower, token: int) -> list[int] | None:
+        """The way out after another token than that of the known way, if there is time for it."""
+        assert self._way is not None
+        if len(self._way) > _MOST_TRIED:
+            return None
+        scout = follower.copy()
+        scout.take(token)
+        if scout.broken:
+            return None
+        way = [] if scout.complete else scout.way_out()
+        return way if way is not None and len(way) + self._tail < self._left else None
+
+    @property
+    def _tail(self) -> int:
+        """Tokens that have to follow the text of a grammar: the marker that closes a call."""
+        return len(self._markers.call_end) if self._phase is _Phase.CALL else 0
 
     def _watch(self, follower: Follower) -> None:
-        """A text that would not end in time, or that goes round in circles, is brought to its end."""
-        if self._closing or follower.broken:
+        """See to it that the text comes to its end within the budget, and a number to its end at all."""
+        if follower.broken:
             return
-        if len(self._lately) == _CIRCLE and len(set(self._lately)) <= _FEW:
-            self._closing = self.cut = True
+        if self._way is not None:
+            self._way = self._way[1:] if self._way and self._way[0] == self._last else []
+        elif follower.number_length > _LONGEST_NUMBER:
+            self._leave_value = True
         elif self._left <= self._look_at:
-            needed = follower.way_out() + len(self._markers.call_end) + 1
+            way = follower.way_out()
+            if way is None or len(way) + self._tail > self._left:
+                self._look_at = self._left // 2  # there is no way, or no time for it: the model goes on undisturbed
+                return
+            needed = len(way) + self._tail
             if self._left <= needed + _MOST_GROWTH:
-                self._closing = self.cut = True
+                self._way = way
             # The way out grows as blocks are opened: look again before it could have outgrown what is left.
             self._look_at = self._left - max((self._left - needed) // _MOST_GROWTH, 1)
 
