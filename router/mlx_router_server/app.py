@@ -86,6 +86,7 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
                 await models.stop()
             await supervisor.stop()
             await catalogue.stop()
+            server.parsers.shutdown(wait=False, cancel_futures=True)
             logging.getLogger().removeHandler(lines)
 
     app = Starlette(

@@ -58,7 +58,7 @@ def _decode(data: bytes, kind: Any) -> Any:
     try:
         plain = msgpack.unpackb(data, raw=False, strict_map_key=False)
         return msgspec.convert(plain, kind)
-    except (msgspec.ValidationError, msgpack.UnpackException, ValueError) as error:
+    except (msgspec.ValidationError, msgpack.UnpackException, ValueError, TypeError, RecursionError) as error:
         dump = data[:_DUMP_BYTES].hex() + ("…" if len(data) > _DUMP_BYTES else "")
         raise ProtocolError(f"not a message of this protocol: {error} ({len(data)} bytes: {dump})") from None
 

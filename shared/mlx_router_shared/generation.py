@@ -136,6 +136,8 @@ class GenerationRequest(Struct, frozen=True, kw_only=True, tag="generate"):
     thinking_effort: str | None = None
     max_thinking_tokens: int | None = None
     """Thinking that goes on for longer is ended."""
+    template_arguments: str = ""
+    """The text of a JSON object whose members the chat template gets, beside those that the server sets."""
     schema: str | None = None
     """The text of a JSON schema that the answer, not the thinking before it, has to satisfy."""
     sampling: Sampling = field(default_factory=Sampling)

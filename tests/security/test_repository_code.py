@@ -111,8 +111,8 @@ def test_the_guard_refuses_every_way_to_read_code_of_a_folder(tmp_path: Path, ma
 
         py_compile.compile(str(folder / "evil.py"), cfile=str(folder / "compiled.pyc"))
     script = (
-        "import sys\nfrom mlx_router_worker.repository_code import RepositoryCodeRefused, refuse_code_below\n"
-        f"refuse_code_below({str(folder)!r}, '')\n"
+        "import sys\nfrom mlx_router_worker.repository_code import RepositoryCodeGuard, RepositoryCodeRefused\n"
+        f"RepositoryCodeGuard().refuse({str(folder)!r}, '')\n"
         f"try:\n    {actions[way]}\nexcept RepositoryCodeRefused as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=30, check=False)

@@ -86,7 +86,7 @@ class _Body(Struct):
 
 def test_a_field_is_honoured_ignored_or_refused() -> None:
     rules = FieldRules(route="POST /x", body=_Body, ignored={"user": "why"}, refused={"audio": "no sound"})
-    assert rules.check({"model": "m", "user": "u", "new": 1, "empty": [], "off": False}) == ("user", "new")
+    assert rules.check({"model": "m", "user": "u", "new": 1, "empty": [], "off": False}) == ("user", "new", "off")
     assert rules.check({"audio": None}) == ()
     with pytest.raises(UnsupportedCapability, match="no sound") as refused:
         rules.check({"audio": {"voice": "x"}})

@@ -40,7 +40,7 @@ from mlx_router_shared.protocol import (
 )
 from mlx_router_worker.engine import Engine, EngineReading
 from mlx_router_worker.link import Link, Outlet, Progress
-from mlx_router_worker.repository_code import describe_load_error, refuse_code_below
+from mlx_router_worker.repository_code import RepositoryCodeGuard, describe_load_error
 
 __all__ = ["ComputeLoop"]
 
@@ -63,6 +63,7 @@ class ComputeLoop:
         self._link = link
         self._inbox = inbox
         self._progress = progress
+        self._guard = RepositoryCodeGuard()
         self._live: set[str] = set()
         self._loaded = False
         self._told = "", 0.0
@@ -121,7 +122,7 @@ class ComputeLoop:
             self._outlet.send(LoadFailed(code=ErrorCode.INTERNAL, message="this worker already has a model"))
             return _EXIT_LOAD_FAILED
         try:
-            refuse_code_below(command.path, command.adapter_path, command.draft_path)
+            self._guard.refuse(command.path, command.adapter_path, command.draft_path)
             facts = self._engine.load(command, self._report)
         except Exception as error:
             log.exception("event=load_failed model=%s", command.model)

@@ -20,7 +20,7 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from mlx_router_shared.codec import decode_job, encode_job_event
 from mlx_router_shared.errors import ErrorCode
 from mlx_router_shared.jobs import JobDone, JobEvent, JobFailed, JobProgress, JobStatus, QuantizeJob
-from mlx_router_worker.repository_code import refuse_code_below
+from mlx_router_worker.repository_code import RepositoryCodeGuard
 
 __all__ = ["main", "quantize"]
 
@@ -31,7 +31,7 @@ _NOT_COPIED: Final = (".safetensors", ".py", ".bin", ".pt", ".pth", ".gguf", ".o
 def quantize(job: QuantizeJob, tell: Any) -> JobDone:
     """Write the packed model into ``job.target``, which exists and is empty. Raises what mlx-lm raises."""
     source, target = Path(job.source), Path(job.target)
-    refuse_code_below(source)
+    RepositoryCodeGuard().refuse(source)
     model, config = load_model(source, lazy=True)
     model, config = quantize_model(model, config, job.group_size, job.bits, mode=job.mode)
     _evaluate(model, tell)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any, Final
 
-__all__ = ["RepositoryCodeRefused", "describe_load_error", "refuse_code_below"]
+__all__ = ["RepositoryCodeGuard", "RepositoryCodeRefused", "describe_load_error"]
 
 _CODE_SUFFIXES: Final = (".py", ".pyc", ".pyo", ".pyw", ".so", ".dylib", ".pyd", ".pkl", ".pickle")
 
@@ -25,8 +25,9 @@ class RepositoryCodeRefused(RuntimeError):
     """A library tried to read or run code from a model's folder."""
 
 
-class _Guard:
-    """The folders whose code is refused. An audit hook cannot be removed, so there is one for the whole process."""
+class RepositoryCodeGuard:
+    """Refuses, for the life of the process, to run code of the folders that it is told of: an audit hook cannot be
+    removed. Whoever tries to gets ``RepositoryCodeRefused``."""
 
     def __init__(self) -> None:
         # transformers copies a repository's code here before it imports it.
@@ -36,9 +37,11 @@ class _Guard:
         self._roots: set[str] = {_resolved(os.path.expanduser(copies))}
         self._installed = False
 
-    def add(self, folder: str) -> None:
-        """Refuse code below ``folder``: by the path that is used and by the one that its links lead to."""
-        self._roots |= {os.path.abspath(folder), _resolved(folder)}
+    def refuse(self, *folders: str | Path) -> None:
+        """Refuse code below these folders, by the path that is used and by the one that its links lead to; empty names
+        are ignored."""
+        for folder in filter(None, map(str, folders)):
+            self._roots |= {os.path.abspath(folder), _resolved(folder)}
         if not self._installed:
             self._installed = True
             sys.addaudithook(self._audit)
@@ -93,17 +96,6 @@ _CHECKS: Final[dict[str, Callable[[tuple[Any, ...]], str | None]]] = {
     "import": _imported,
     "ctypes.dlopen": _library,
 }
-_guard: Final = _Guard()
-
-
-def refuse_code_below(*folders: str | Path) -> None:
-    """Refuse, from now on and for the life of the process, to run code of these folders; empty names are ignored.
-
-    Whoever tries gets ``RepositoryCodeRefused``.
-    """
-    for folder in folders:
-        if str(folder):
-            _guard.add(str(folder))
 
 
 def describe_load_error(error: Exception) -> str:

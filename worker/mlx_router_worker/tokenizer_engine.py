@@ -17,7 +17,7 @@ from mlx_router_shared.errors import InvalidRequest, LoadFailed
 from mlx_router_shared.generation import Counted, CountRequest, Event, Finish, FinishReason, Request, StreamEvents
 from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
 from mlx_router_worker.engine import EngineReading, Report
-from mlx_router_worker.repository_code import refuse_code_below
+from mlx_router_worker.repository_code import RepositoryCodeGuard
 from mlx_router_worker.text.renderer import PromptRenderer
 
 __all__ = ["TokenizerEngine"]
@@ -30,6 +30,7 @@ class TokenizerEngine:
 
     def __init__(self, _send_bytes: Callable[[bytes], None]) -> None:
         self._renderers: OrderedDict[str, PromptRenderer] = OrderedDict()
+        self._guard = RepositoryCodeGuard()
 
     def load(self, load: Load, report: Report) -> ModelFacts:
         raise LoadFailed("this worker only counts tokens")
@@ -65,7 +66,7 @@ class TokenizerEngine:
     def _renderer(self, path: str) -> PromptRenderer:
         renderer = self._renderers.get(path)
         if renderer is None:
-            refuse_code_below(path)
+            self._guard.refuse(path)
             config: dict[str, Any] = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
             tokenizer = load_tokenizer(Path(path), {"trust_remote_code": False})
             text = config.get("text_config") or config

@@ -14,9 +14,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_router_server.api.answer import load_only
+from mlx_router_server.api.body import read_body
 from mlx_router_server.api.disconnect import unless_client_leaves
 from mlx_router_server.api.ring_stream import RingStream, last_event_id
-from mlx_router_server.api.server import Server, caller_of, read_body, server_of
+from mlx_router_server.api.server import Server, caller_of, server_of
 from mlx_router_server.api.wishes import read_wishes
 from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.dialects.body import convert, read_object

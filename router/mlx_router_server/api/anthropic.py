@@ -10,8 +10,8 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_router_server.api.answer import Answer, AnswerStyle, answer
+from mlx_router_server.api.body import parse_body
 from mlx_router_server.api.count import count_tokens
-from mlx_router_server.api.server import read_body
 from mlx_router_server.dialects import anthropic_answers as answers
 from mlx_router_server.dialects.anthropic_requests import parse_count, parse_messages
 
@@ -19,7 +19,7 @@ __all__ = ["routes"]
 
 
 async def messages(request: Request) -> Answer:
-    asked = parse_messages(await read_body(request))
+    asked = await parse_body(request, parse_messages)
     call = asked.call
     answer_id = "msg_" + secrets.token_hex(12)
     style = AnswerStyle(
@@ -33,7 +33,7 @@ async def messages(request: Request) -> Answer:
 
 async def count(request: Request) -> Response:
     """Clients ask for many at once and do not expect to wait."""
-    tokens, _ = await count_tokens(request, parse_count(await read_body(request)))
+    tokens, _ = await count_tokens(request, await parse_body(request, parse_count))
     return Response(msgspec.json.encode({"input_tokens": tokens}), media_type="application/json")
 
 

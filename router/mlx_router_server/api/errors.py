@@ -16,8 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mlx_router_server.api.body import BodyTooLarge, BodyTooSlow, UnsupportedEncoding
 from mlx_router_server.api.disconnect import ClientLeft
-from mlx_router_server.api.server import BodyTooLarge, BodyTooSlow
 from mlx_router_server.dialects import anthropic_answers, ollama_answers, openai_answers
 from mlx_router_server.dialects.statuses import for_the_public, retry_after, status_of
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError
@@ -26,7 +26,7 @@ __all__ = ["LastResort", "error_response", "install", "is_anthropic"]
 
 log = logging.getLogger(__name__)
 
-_BODY_STATUSES: Final = {BodyTooLarge: 413, BodyTooSlow: 408}
+_BODY_STATUSES: Final = {BodyTooLarge: 413, BodyTooSlow: 408, UnsupportedEncoding: 415}
 
 
 def install(app: Starlette) -> None:

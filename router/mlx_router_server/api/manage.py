@@ -17,9 +17,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
+from mlx_router_server.api.body import body_parts, parse_body
 from mlx_router_server.api.disconnect import ClientLeft, unless_client_leaves
 from mlx_router_server.api.errors import error_response
-from mlx_router_server.api.server import body_parts, caller_of, read_body, server_of
+from mlx_router_server.api.server import caller_of, server_of
 from mlx_router_server.catalogue.names import ModelName, parse_name
 from mlx_router_server.catalogue.overlay import Overlay, Turn
 from mlx_router_server.dialects.fields import shown_in_header
@@ -122,7 +123,7 @@ def _check_may_make(request: Request, names: tuple[str, ...]) -> None:
 
 
 async def pull(request: Request) -> Progress:
-    asked, lines, ignored = parse_pull(await read_body(request))
+    asked, lines, ignored = await parse_body(request, parse_pull)
     name = parse_name(asked)
     _check_may_make(request, _names(request, name))
     models = _models(request)
@@ -142,7 +143,7 @@ async def _begun(work: AsyncGenerator[JobEvent, None]) -> AsyncGenerator[JobEven
 
 
 async def create(request: Request) -> Progress:
-    asked = parse_create(await read_body(request))
+    asked = await parse_body(request, parse_create)
     name = parse_name(asked.model)
     _check_may_make(request, name.spellings)
     catalogue = server_of(request).catalogue
@@ -183,7 +184,7 @@ async def _after(first: JobEvent, work: AsyncGenerator[JobEvent, None]) -> Async
 
 
 async def copy(request: Request) -> Response:
-    source, destination = parse_copy(await read_body(request))
+    source, destination = await parse_body(request, parse_copy)
     _name(source, f'source "{source}" is invalid')
     target = _name(destination, f'destination "{destination}" is invalid')
     _check_may_make(request, target.spellings)
@@ -197,7 +198,7 @@ async def copy(request: Request) -> Response:
 
 
 async def delete(request: Request) -> Response:
-    asked, force = parse_delete(await read_body(request))
+    asked, force = await parse_body(request, parse_delete)
     name = _name(asked, f'name "{asked}" is invalid')
     models, server = _models(request), server_of(request)
     await server.catalogue.wait_ready()
@@ -218,7 +219,7 @@ def _name(text: str, complaint: str) -> ModelName:
 
 
 async def push(request: Request) -> Response:
-    asked = parse_push(await read_body(request))
+    asked = await parse_body(request, parse_push)
     parse_name(asked)
     raise UnsupportedCapability(
         "this server does not push models: `hf upload` puts a folder on the Hugging Face hub", param="model"

@@ -13,9 +13,10 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_router_server.api.answer import Answer, AnswerStyle, answer, load_only
+from mlx_router_server.api.body import parse_body
 from mlx_router_server.api.count import count_tokens
 from mlx_router_server.api.disconnect import unless_client_leaves
-from mlx_router_server.api.server import Server, caller_of, read_body, server_of
+from mlx_router_server.api.server import Server, caller_of, server_of
 from mlx_router_server.api.wishes import read_wishes
 from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.catalogue.overlay import modelfile_of
@@ -127,7 +128,7 @@ def _running(server: Server, entry: ModelEntry, view: ModelView) -> dict[str, An
 
 async def show(request: Request) -> Response:
     server = server_of(request)
-    name, verbose = parse_show(await read_body(request))
+    name, verbose = await parse_body(request, parse_show)
     entry = await server.resolve(name, caller_of(request))
     files = entry.files
     body: dict[str, Any] = {
@@ -176,11 +177,11 @@ def _model_info(request: Request, name: str, info: dict[str, str | int | float])
 
 
 async def chat(request: Request) -> Answer | Response:
-    return await _generate(request, "chat", parse_chat(await read_body(request)))
+    return await _generate(request, "chat", await parse_body(request, parse_chat))
 
 
 async def generate(request: Request) -> Answer | Response:
-    return await _generate(request, "generate", parse_generate(await read_body(request)))
+    return await _generate(request, "generate", await parse_body(request, parse_generate))
 
 
 async def _generate(request: Request, kind: Literal["chat", "generate"], asked: GenerateCall) -> Answer | Response:
@@ -213,7 +214,7 @@ async def _load_or_unload(request: Request, kind: Literal["chat", "generate"], a
 
 
 async def embed(request: Request) -> Answer | Response:
-    asked = parse_embed(await read_body(request))
+    asked = await parse_body(request, parse_embed)
 
     def render(transcript: Transcript | None, moment: Moment) -> dict[str, Any]:
         return answers.embed_answer(asked.model, transcript, moment)
@@ -223,7 +224,7 @@ async def embed(request: Request) -> Answer | Response:
 
 async def embeddings(request: Request) -> Answer | Response:
     """The older form, with sentences of its own."""
-    asked = parse_embeddings(await read_body(request))
+    asked = await parse_body(request, parse_embeddings)
     if not asked.model.strip() and not server_of(request).settings.default_model:
         raise InvalidRequest("model is required", param="model")
 

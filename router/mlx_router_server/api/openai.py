@@ -13,8 +13,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_router_server.api.answer import Answer, AnswerStyle, answer
+from mlx_router_server.api.body import parse_body
 from mlx_router_server.api.errors import is_anthropic
-from mlx_router_server.api.server import caller_of, read_body, server_of
+from mlx_router_server.api.server import caller_of, server_of
 from mlx_router_server.catalogue.entry import Capability, ModelEntry
 from mlx_router_server.catalogue.kinds import Kind
 from mlx_router_server.dialects import openai_answers as answers
@@ -106,12 +107,12 @@ def _model(entry: ModelEntry, state: State, name: str) -> dict[str, Any]:
 
 
 async def chat_completions(request: Request) -> Answer:
-    call = parse_chat_completion(await read_body(request))
+    call = await parse_body(request, parse_chat_completion)
     return await _generate(request, "chat", "chatcmpl-", call)
 
 
 async def completions(request: Request) -> Answer:
-    call = parse_completion(await read_body(request))
+    call = await parse_body(request, parse_completion)
     return await _generate(request, "completion", "cmpl-", call)
 
 
@@ -134,7 +135,7 @@ async def _generate(request: Request, kind: Literal["chat", "completion"], prefi
 
 
 async def embeddings(request: Request) -> Answer:
-    asked = parse_embeddings(await read_body(request))
+    asked = await parse_body(request, parse_embeddings)
     style = AnswerStyle(
         whole=lambda transcripts, moment: answers.embeddings_answer(
             asked.call.model, transcripts, as_base64=asked.as_base64
@@ -144,7 +145,7 @@ async def embeddings(request: Request) -> Answer:
 
 
 async def rerank(request: Request) -> Answer:
-    asked = parse_rerank(await read_body(request))
+    asked = await parse_body(request, parse_rerank)
     answer_id = "rerank-" + secrets.token_hex(16)
     style = AnswerStyle(
         whole=lambda transcripts, moment: answers.rerank_answer(

@@ -11,9 +11,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_router_server.api.answer import Answer, AnswerStyle, answer
+from mlx_router_server.api.body import parse_body
 from mlx_router_server.api.count import count_tokens
 from mlx_router_server.api.response_store import Stored
-from mlx_router_server.api.server import read_body, server_of
+from mlx_router_server.api.server import server_of
 from mlx_router_server.dialects.call import Moment, StreamRenderer, Transcript
 from mlx_router_server.dialects.responses_answers import ResponsesStream, render_answer, turn_of
 from mlx_router_server.dialects.responses_requests import ResponsesCall, parse_responses
@@ -33,8 +34,7 @@ def _json(data: Any) -> Response:
 
 async def create(request: Request) -> Answer:
     server = server_of(request)
-    body = await read_body(request)
-    asked = parse_responses(body)
+    asked = await parse_body(request, parse_responses)
     history = _history(request, asked)
     answer_id = _new_id("resp_")
     renderer = ResponsesStream(answer_id, asked, _new_id)
@@ -51,21 +51,13 @@ async def create(request: Request) -> Answer:
         server.responses.put(
             renderer.final or final,
             [*history, *asked.messages, turn_of(transcripts[0])],
-            _input_items(body),
+            [{"id": _new_id("msg_"), **item} for item in asked.items],
             most=server.settings.responses_kept,
             seconds=server.settings.responses_keep_seconds,
         )
 
     style = AnswerStyle(whole=whole, stream=stream, on_end=keep if asked.store else None)
     return await answer(request, asked.after(history), style)
-
-
-def _input_items(body: bytes) -> list[dict[str, Any]]:
-    """The input as it was sent, for those who ask for it again."""
-    items = msgspec.json.decode(body).get("input") or []
-    if isinstance(items, str):
-        items = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": items}]}]
-    return [{"id": _new_id("msg_"), **item} for item in items]
 
 
 def _history(request: Request, asked: ResponsesCall) -> list[Message]:
@@ -115,7 +107,7 @@ async def input_items(request: Request) -> Response:
 
 
 async def input_tokens(request: Request) -> Response:
-    asked = parse_responses(await read_body(request))
+    asked = await parse_body(request, parse_responses)
     tokens, _ = await count_tokens(request, asked.after(_history(request, asked)))
     return _json({"object": "response.input_tokens", "input_tokens": tokens})
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import fnmatch
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -35,19 +35,11 @@ from mlx_router_server.workers.plan import LoadPlan, SupervisorOptions, Wishes
 from mlx_router_server.workers.supervisor import Supervisor
 from mlx_router_shared.errors import InvalidRequest, LoadFailed, MlxRouterError, ModelNotFound, UnsupportedCapability
 
-__all__ = ["BodyTooLarge", "BodyTooSlow", "Door", "Server", "body_parts", "caller_of", "read_body", "server_of"]
+__all__ = ["Door", "Server", "caller_of", "server_of"]
 
 log = logging.getLogger(__name__)
 
 _FOREIGN_NAMES: Final = "claude-*"
-
-
-class BodyTooLarge(InvalidRequest):
-    """The body is longer than any request needs to be; status 413."""
-
-
-class BodyTooSlow(InvalidRequest):
-    """A body stopped coming; status 408."""
 
 
 class Door(Protocol):
@@ -74,6 +66,8 @@ class Server:
     inspection: Inspection = field(default_factory=Inspection)
     logs: Ring[LogLine] = field(default_factory=lambda: Ring(0))
     listings: dict[str, Listing] = field(default_factory=dict)
+    parsers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "parser"))
+    """Threads that parse large bodies; few, so that a flood of them leaves the event loop its share."""
 
     @property
     def door(self) -> Door:
@@ -261,38 +255,3 @@ def caller_of(request: Request) -> Caller:
     """Who sent a request that was let through."""
     caller: Caller = request.scope["state"]["caller"]
     return caller
-
-
-async def read_body(request: Request) -> bytes:
-    """The body; raises ``BodyTooLarge`` without keeping more than the limit in memory, and ``BodyTooSlow``."""
-    limit = server_of(request).settings.max_body_bytes
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit:
-        raise _too_large(limit)
-    parts, size = [], 0
-    async with aclosing(body_parts(request)) as stream:
-        async for part in stream:
-            size += len(part)
-            if size > limit:
-                raise _too_large(limit)
-            parts.append(part)
-    return b"".join(parts)
-
-
-async def body_parts(request: Request) -> AsyncGenerator[bytes, None]:
-    """A body as it comes; raises ``BodyTooSlow`` when nothing comes for too long."""
-    limit = server_of(request).settings.request_timeout_seconds or None
-    async with aclosing(request.stream()) as stream:
-        while True:
-            try:
-                async with asyncio.timeout(limit):
-                    part = await anext(stream)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise BodyTooSlow(f"nothing more of the body came within {limit:g} s") from None
-            yield part
-
-
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is longer than {limit} bytes, the limit that max_body_bytes sets")

@@ -163,21 +163,26 @@ def _texts(blocks: Any, at: str) -> str:
 
 def _merged(messages: list[Message]) -> list[Message]:
     """Consecutive turns of user or assistant as one; calls, results and system turns stay as they are."""
-    out: list[Message] = []
+    runs: list[list[Message]] = []
     for message in messages:
-        last = out[-1] if out else None
+        last = runs[-1][-1] if runs else None
         if (
             last is not None
             and last.role is message.role
             and message.role in (Role.USER, Role.ASSISTANT)
             and not last.tool_calls
         ):
-            out[-1] = msgspec.structs.replace(
-                message,
-                content="\n\n".join(text for text in (last.content, message.content) if text),
-                images=last.images + message.images,
-                reasoning="".join(text for text in (last.reasoning, message.reasoning) if text) or None,
-            )
+            runs[-1].append(message)
         else:
-            out.append(message)
-    return out
+            runs.append([message])
+    return [_joined(run) if len(run) > 1 else run[0] for run in runs]
+
+
+def _joined(run: list[Message]) -> Message:
+    """Turns of one role as one; only the last of them may have calls."""
+    return msgspec.structs.replace(
+        run[-1],
+        content="\n\n".join(message.content for message in run if message.content),
+        images=[image for message in run for image in message.images],
+        reasoning="".join(message.reasoning for message in run if message.reasoning) or None,
+    )

@@ -12,8 +12,8 @@ from mlx_router_server.dialects.body import Int64, convert, read_object
 from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.openai_common import ToolUse
-from mlx_router_server.dialects.options import parse_options
-from mlx_router_server.dialects.schemas import schema_text
+from mlx_router_server.dialects.options import checked_stops, parse_options
+from mlx_router_server.dialects.schemas import AnswerSchema, answer_schema, check_strict_tool
 from mlx_router_server.durations import parse_duration
 from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
 from mlx_router_shared.generation import GenerationRequest, Role, Sampling, Tool
@@ -84,12 +84,29 @@ _NOTES: Final = {
     "keep_alive": "Ollama's field, also by the header X-Keep-Alive",
     "options": "Ollama's field; the API's own fields win over it",
 }
+_BLOCK_NAMES: Final = frozenset(
+    {
+        "type", "text", "source", "id", "name", "input", "tool_use_id", "content", "is_error", "thinking", "signature",
+        "data", "title",
+    }
+)  # fmt: skip
+_INSIDE: Final[dict[str, type[Struct] | frozenset[str]]] = {
+    "messages[]": frozenset({"role", "content"}),
+    "messages[].content[]": _BLOCK_NAMES,
+    "messages[].content[].content[]": _BLOCK_NAMES,
+    "system[]": frozenset({"type", "text"}),
+    "tools[]": _Tool,
+    "tool_choice": frozenset({"type", "name", "disable_parallel_tool_use"}),
+    "thinking": frozenset({"type", "budget_tokens", "display"}),
+    "output_config": frozenset({"effort", "format"}),
+}
 MESSAGE_FIELDS: Final = FieldRules(
     route="POST /v1/messages",
     body=_MessagesBody,
     ignored=_IGNORED,
     refused={"mcp_servers": "this server talks to no MCP servers"},
     notes=_NOTES,
+    inside=_INSIDE,
 )
 COUNT_FIELDS: Final = FieldRules(
     route="POST /v1/messages/count_tokens",
@@ -97,6 +114,7 @@ COUNT_FIELDS: Final = FieldRules(
     notes={"messages": "images are not counted: how many tokens one takes is known only where the model is loaded"},
     ignored={**_IGNORED, **dict.fromkeys(("max_tokens", "stream", "temperature"), "does not change the prompt")},
     refused={"mcp_servers": "this server talks to no MCP servers"},
+    inside=_INSIDE,
 )
 
 
@@ -111,7 +129,7 @@ def parse_messages(body: bytes) -> MessagesCall:
     """Raises ``InvalidRequest``; nothing was looked up yet."""
     data = read_object(body)
     asked = convert(data, _MessagesBody)
-    ignored = MESSAGE_FIELDS.check(data)
+    ignored = list(MESSAGE_FIELDS.check(data))
     if "model" not in data:
         raise InvalidRequest("model is required", param="model")
     if asked.max_tokens is None or asked.max_tokens < 0:
@@ -119,16 +137,19 @@ def parse_messages(body: bytes) -> MessagesCall:
     _check_ranges(asked)
     options = parse_options(asked.options)
     said = options.sampling
-    prompt, needs = _prompt(asked)
+    prompt, needs = _prompt(asked, ignored)
+    schema = None if prompt["forced_tools"] else _schema(asked)
+    if schema is not None:
+        ignored += schema.ignored
     prompt["max_tool_calls"] = 1 if asked.tool_choice.get("disable_parallel_tool_use") else None
     request = GenerationRequest(
         **prompt,
         incremental_tools=asked.stream,
         max_thinking_tokens=_budget(asked.thinking),
-        schema=None if prompt["forced_tools"] else _schema(asked),
+        schema=schema.text if schema is not None else None,
         max_tokens=asked.max_tokens,
         context_tokens=options.context_tokens,
-        stop=[text for text in asked.stop_sequences if text] or options.stop,
+        stop=checked_stops(asked.stop_sequences, "stop_sequences") or options.stop,
         sampling=msgspec.structs.replace(
             said,
             temperature=said.temperature if asked.temperature is None else asked.temperature,
@@ -143,7 +164,7 @@ def parse_messages(body: bytes) -> MessagesCall:
         stream=asked.stream,
         keep_alive_seconds=None if asked.keep_alive is None else parse_duration(asked.keep_alive),
         needs=needs,
-        ignored=ignored + tuple(f"options.{name}" for name in options.ignored),
+        ignored=(*ignored, *(f"options.{name}" for name in options.ignored)),
     )
     return MessagesCall(call, asked.thinking.get("display") != "omitted")
 
@@ -152,18 +173,18 @@ def parse_count(body: bytes) -> Call:
     """The prompt alone; raises ``InvalidRequest``."""
     data = read_object(body)
     asked = convert(data, _CountBody)
-    ignored = COUNT_FIELDS.check(data)
+    ignored = list(COUNT_FIELDS.check(data))
     if "model" not in data:
         raise InvalidRequest("model is required", param="model")
-    prompt, needs = _prompt(asked)
-    return Call(model=asked.model, requests=(GenerationRequest(**prompt),), needs=needs, ignored=ignored)
+    prompt, needs = _prompt(asked, ignored)
+    return Call(model=asked.model, requests=(GenerationRequest(**prompt),), needs=needs, ignored=tuple(ignored))
 
 
-def _prompt(asked: _CountBody) -> tuple[dict[str, Any], dict[Needs, Need]]:
+def _prompt(asked: _CountBody, ignored: list[str]) -> tuple[dict[str, Any], dict[Needs, Need]]:
     """The fields of the canonical request that make the prompt, and what they need."""
     if not asked.messages:
         raise InvalidRequest("messages is required", param="messages")
-    use = _tool_use(_tools(asked.tools), asked.tool_choice)
+    use = _tool_use(_tools(asked.tools, ignored), asked.tool_choice)
     messages = conversation(asked.system, asked.messages)
     needs = {Needs.COMPLETION: Need('"{name}" does not support chat')}
     if use.offered:
@@ -200,19 +221,19 @@ def _budget(thinking: dict[str, Any]) -> int | None:
     return budget
 
 
-def _schema(asked: _MessagesBody) -> str | None:
+def _schema(asked: _MessagesBody) -> AnswerSchema | None:
     form = asked.output_config.get("format") or asked.output_format
     if not form:
         return None
     if not isinstance(form, dict) or form.get("type") != "json_schema" or not isinstance(form.get("schema"), dict):
         raise InvalidRequest("output_config.format has to be a json_schema with a schema", param="output_config.format")
-    return schema_text(form["schema"], "output_config.format.schema")
+    return answer_schema(form["schema"], "output_config.format.schema")
 
 
 # ---------------------------------------------------------------------------------------------------- tools
 
 
-def _tools(items: list[dict[str, Any]]) -> list[Tool]:
+def _tools(items: list[dict[str, Any]], ignored: list[str]) -> list[Tool]:
     tools = []
     for number, item in enumerate(items):
         tool = convert(item, _Tool, f"tools.{number}.")
@@ -224,7 +245,7 @@ def _tools(items: list[dict[str, Any]]) -> list[Tool]:
             raise InvalidRequest(f"tools.{number}.name is required", param=f"tools.{number}.name")
         schema = tool.input_schema or {"type": "object", "properties": {}}
         if tool.strict:
-            schema_text(schema, f"tools.{number}.input_schema")
+            ignored += check_strict_tool(schema, f"tools.{number}.input_schema")
         tools.append(
             Tool(
                 name=tool.name,

@@ -14,11 +14,16 @@ import msgspec
 
 from mlx_router_shared.errors import InvalidRequest
 
-__all__ = ["Int64", "convert", "read_object", "without_nulls"]
+__all__ = ["Int64", "convert", "read_object", "structs_inside", "without_nulls"]
 
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """A whole number that fits the wire; JSON knows no limits."""
 
+_SURROGATES: Final = re.compile(
+    rb"\\\\"  # an escaped backslash, so that what follows it is no escape
+    rb"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # a pair
+    rb"|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"  # half of one
+)
 _PATH: Final = re.compile(r" - at `\$\.?(.*?)`$")
 _Body = TypeVar("_Body")
 
@@ -28,13 +33,27 @@ def read_object(body: bytes, *, empty: str = "missing request body", fold_case: 
     if not body.strip():
         raise InvalidRequest(empty)
     try:
-        data = msgspec.json.decode(body)
+        data = _decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise InvalidRequest(f"the body has to be a JSON object, not {_json_type(data)}")
     data = without_nulls(data)
     return {name.lower(): value for name, value in data.items()} if fold_case else data
+
+
+def _decode(body: bytes) -> Any:
+    """Decode JSON. As in Go's decoder, halves of surrogate pairs and invalid UTF-8 become U+FFFD: JavaScript programs
+    cut emoji in halves, and Windows' curl sends Latin-1."""
+    if b"\\u" in body:
+        body = _SURROGATES.sub(lambda match: b"\\ufffd" if match[1] else match[0], body)
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        repaired = body.decode("utf-8", "replace").encode()
+        if repaired == body:
+            raise
+        return msgspec.json.decode(repaired)
 
 
 def without_nulls(data: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +84,7 @@ def _present(data: Any, kind: type) -> Any:
         return [_present(item, kind) for item in data]
     if not isinstance(data, dict):
         return data
-    inner = _inner_structs(kind)
+    inner = structs_inside(kind)
     return {
         name: _present(value, inner[name]) if name in inner else value
         for name, value in data.items()
@@ -74,7 +93,7 @@ def _present(data: Any, kind: type) -> Any:
 
 
 @cache
-def _inner_structs(kind: type) -> dict[str, type]:
+def structs_inside(kind: type) -> dict[str, type]:
     """The structs that a struct's fields hold, alone or in lists, by the fields' names."""
     found: dict[str, type] = {}
     for said in msgspec.structs.fields(kind):

@@ -12,12 +12,15 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from mlx_router_shared.errors import UnsupportedCapability
+from mlx_router_server.dialects.body import structs_inside
+from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
 
 __all__ = ["FieldRules", "shown_in_header"]
 
 _LONGEST_HEADER: Final = 1000
-_NOTHING: tuple[Any, ...] = (None, "", [], {}, False)
+_MOST_NAMES: Final = 100
+_MOST_ITEMS: Final = 10_000
+"""Objects in one list of a body: turns of a conversation, parts of a turn, tools."""
 
 
 def shown_in_header(names: tuple[str, ...]) -> str:
@@ -38,20 +41,50 @@ class FieldRules:
     """With the sentence of the refusal."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Of honoured fields: what is particular about it here."""
+    inside: Mapping[str, type[Struct] | frozenset[str]] = field(default_factory=dict)
+    """The names that objects inside the body may have, by their path: ``messages[]`` is each item of ``messages``. What
+    the body's structs describe needs no entry; an object without one may hold anything."""
 
     def check(self, data: Mapping[str, Any]) -> tuple[str, ...]:
-        """The names that are ignored; raises ``UnsupportedCapability`` for one that is refused. A field that says
-        nothing (null, empty, false) is neither."""
-        ignored = []
+        """Return the names that are ignored, at every depth; raises ``UnsupportedCapability`` for one that is refused.
+        An empty field (null, "", [], {}) is neither, and false does not ask for what is refused or ignored by name."""
+        ignored: dict[str, None] = {}
         for name, value in data.items():
-            if value in _NOTHING:
+            if _is_empty(value) or (value is False and (name in self.refused or name in self.ignored)):
                 continue
             if name in self.refused:
                 raise UnsupportedCapability(self.refused[name], param=name)
             if name not in self.honoured:
-                ignored.append(name)
+                ignored[name] = None
+                if len(ignored) >= _MOST_NAMES:
+                    break
+            else:
+                self._check_inside(value, name, structs_inside(self.body).get(name), ignored)
         return tuple(ignored)
+
+    def _check_inside(self, value: Any, path: str, kind: type[Struct] | None, ignored: dict[str, None]) -> None:
+        if isinstance(value, list):
+            if len(value) > _MOST_ITEMS and isinstance(value[0], dict):
+                raise InvalidRequest(f"{path} holds more than {_MOST_ITEMS} items", param=path)
+            for item in value:
+                self._check_inside(item, f"{path}[]", kind, ignored)
+            return
+        known = self.inside.get(path, kind)
+        if not isinstance(value, dict) or known is None:
+            return
+        names, inner = (
+            (known, {}) if isinstance(known, frozenset) else (known.__struct_encode_fields__, structs_inside(known))
+        )
+        for name, item in value.items():
+            if name in names:
+                self._check_inside(item, f"{path}.{name}", inner.get(name), ignored)
+            elif not _is_empty(item) and len(ignored) < _MOST_NAMES:
+                ignored[f"{path}.{name}"] = None
 
     @property
     def honoured(self) -> tuple[str, ...]:
         return self.body.__struct_encode_fields__
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)

@@ -14,7 +14,7 @@ from mlx_router_server.dialects.go_template import render_prompt
 from mlx_router_server.dialects.images import image_from_base64
 from mlx_router_server.dialects.openai_common import limit_of
 from mlx_router_server.dialects.options import OLLAMA_DEFAULTS, Options, parse_options
-from mlx_router_server.dialects.schemas import ANY_OBJECT, schema_text
+from mlx_router_server.dialects.schemas import ANY_OBJECT, AnswerSchema, answer_schema, check_strict_tool
 from mlx_router_server.durations import parse_duration
 from mlx_router_shared.errors import InvalidRequest
 from mlx_router_shared.generation import EmbeddingRequest, GenerationRequest, Message, Role, Tool, ToolCall
@@ -31,6 +31,7 @@ __all__ = [
     "parse_generate",
     "parse_show",
     "read_tools",
+    "TOOL_BODY",
 ]
 
 _EFFORTS: Final = ("low", "medium", "high", "max")
@@ -68,6 +69,9 @@ class _ToolFunction(Struct, kw_only=True):
 class _Tool(Struct, kw_only=True):
     function: _ToolFunction
     type: str = "function"
+
+
+TOOL_BODY: Final = _Tool
 
 
 class _Common(Struct, kw_only=True):
@@ -133,6 +137,7 @@ CHAT_FIELDS: Final = FieldRules(
     body=_ChatBody,
     ignored={"shift": _NO_SHIFT, "tool_choice": "Ollama has none; /v1/chat/completions honours it"},
     notes=_NOTES,
+    inside={"messages[]": _Message, "tools[]": _Tool},
 )
 GENERATE_FIELDS: Final = FieldRules(
     route="POST /api/generate",
@@ -166,13 +171,13 @@ def parse_chat(body: bytes) -> GenerateCall:
     """Raises ``InvalidRequest``; nothing was looked up yet."""
     data = read_object(body, fold_case=True)
     chat = convert(data, _ChatBody)
-    ignored = CHAT_FIELDS.check(data)
+    ignored = list(CHAT_FIELDS.check(data))
     _check_common(chat)
     keep_alive = _keep_alive(chat.keep_alive)
     if not chat.messages:
         return GenerateCall(model=chat.model, keep_alive_seconds=keep_alive, call=None)
     messages = _messages(chat.messages)
-    tools = read_tools(chat.tools)
+    tools = read_tools(chat.tools, ignored)
     needs = {Needs.COMPLETION: Need('"{name}" does not support chat')}
     if tools:
         needs[Needs.TOOLS] = Need("{full} does not support tools")
@@ -188,7 +193,7 @@ def parse_generate(body: bytes) -> GenerateCall:
     """Raises ``InvalidRequest``; nothing was looked up yet."""
     data = read_object(body, fold_case=True)
     generate = convert(data, _GenerateBody)
-    ignored = GENERATE_FIELDS.check(data)
+    ignored = list(GENERATE_FIELDS.check(data))
     _check_common(generate)
     keep_alive = _keep_alive(generate.keep_alive)
     images = [image_from_base64(text, "images") for text in generate.images]
@@ -217,12 +222,13 @@ def parse_generate(body: bytes) -> GenerateCall:
 
 
 def _generate_call(
-    body: _Common, keep_alive: float | None, needs: dict[Needs, Need], ignored: tuple[str, ...], **more: Any
+    body: _Common, keep_alive: float | None, needs: dict[Needs, Need], ignored: list[str], **more: Any
 ) -> GenerateCall:
     options = parse_options(body.options)
     thinking, effort = _thinking(body.think)
     if thinking:
         needs[Needs.THINKING] = Need(_THINKS_NOT, "think")
+    schema = _schema(body.format)
     request = GenerationRequest(
         sampling=options.sampling,
         sampling_defaults=OLLAMA_DEFAULTS,
@@ -232,13 +238,13 @@ def _generate_call(
         truncate=body.truncate,
         thinking=thinking,
         thinking_effort=effort,
-        schema=_schema(body.format),
+        schema=schema.text if schema is not None else None,
         top_logprobs=body.top_logprobs if body.logprobs else None,
         **more,
     )
     call = Call(
         model=body.model, requests=(request,), stream=body.stream, keep_alive_seconds=keep_alive, needs=needs,
-        ignored=ignored + _option_names(options),
+        ignored=(*ignored, *_option_names(options), *(schema.ignored if schema is not None else ())),
     )  # fmt: skip
     return GenerateCall(model=body.model, keep_alive_seconds=keep_alive, call=call, render_only=body.debug_render_only)
 
@@ -310,13 +316,13 @@ def _check_common(body: _Common) -> None:
         raise InvalidRequest("top_logprobs must be between 0 and 20", param="top_logprobs")
 
 
-def _schema(form: Any) -> str | None:
+def _schema(form: Any) -> AnswerSchema | None:
     if form in (None, ""):
         return None
     if form == "json":
         return ANY_OBJECT
     if isinstance(form, dict):
-        return schema_text(form, "format")
+        return answer_schema(form, "format")
     text = msgspec.json.encode(form).decode()
     raise InvalidRequest(f'invalid format: {text!r}; expected "json" or a valid JSON Schema object', param="format")
 
@@ -363,8 +369,9 @@ def _messages(items: list[dict[str, Any]]) -> list[Message]:
     return messages
 
 
-def read_tools(items: list[dict[str, Any]]) -> list[Tool]:
-    """Tool definitions in the shape that Ollama and chat completions share."""
+def read_tools(items: list[dict[str, Any]], ignored: list[str]) -> list[Tool]:
+    """Tool definitions in the shape that Ollama and chat completions share. Constraints of strict ones that are not
+    enforced are added to ``ignored``."""
     tools = []
     for number, item in enumerate(items):
         tool = convert(item, _Tool, f"tools[{number}].")
@@ -372,7 +379,7 @@ def read_tools(items: list[dict[str, Any]]) -> list[Tool]:
             raise InvalidRequest(f"tools of type {tool.type!r} are not supported", param=f"tools[{number}].type")
         parameters = tool.function.parameters or {"type": "object", "properties": {}}
         if tool.function.strict:
-            schema_text(parameters, f"tools[{number}].function.parameters")
+            ignored += check_strict_tool(parameters, f"tools[{number}].function.parameters")
         tools.append(
             Tool(
                 name=tool.function.name,

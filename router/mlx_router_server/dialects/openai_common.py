@@ -14,7 +14,9 @@ from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
 from mlx_router_shared.generation import Sampling, Tool
 
 __all__ = [
+    "IMAGE_NAMES",
     "OPENAI_DEFAULTS",
+    "PART_NAMES",
     "SamplingFields",
     "ToolUse",
     "check_ranges",
@@ -28,7 +30,11 @@ __all__ = [
     "tool_use",
 ]
 
+PART_NAMES: Final = frozenset({"type", "text", "refusal", "image_url"})
+"""The fields of a message's part that mean something here."""
+IMAGE_NAMES: Final = frozenset({"url"})
 OPENAI_DEFAULTS: Final = Sampling(temperature=1.0, top_p=1.0)
+_MOST_BIASES: Final = 1000
 _EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
 
 
@@ -99,6 +105,8 @@ def limit_of(*counts: int | None) -> int | None:
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
+    if len(bias) > _MOST_BIASES:
+        raise InvalidRequest(f"logit_bias holds more than {_MOST_BIASES} tokens", param="logit_bias")
     found = {}
     for token, value in bias.items():
         if re.fullmatch("[0-9]{1,9}", token) is None or not -100 <= value <= 100:

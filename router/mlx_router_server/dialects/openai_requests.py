@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import msgspec
 from msgspec import Struct, field
 from msgspec.structs import replace
 
 from mlx_router_server.dialects.body import Int64, convert, read_object
 from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
-from mlx_router_server.dialects.ollama_requests import read_tools
+from mlx_router_server.dialects.ollama_requests import TOOL_BODY, read_tools
 from mlx_router_server.dialects.openai_common import (
+    IMAGE_NAMES,
     OPENAI_DEFAULTS,
+    PART_NAMES,
     SamplingFields,
     check_ranges,
     is_token_ids,
@@ -22,8 +25,8 @@ from mlx_router_server.dialects.openai_common import (
     sampling_of,
     tool_use,
 )
-from mlx_router_server.dialects.options import Options, parse_options
-from mlx_router_server.dialects.schemas import ANY_OBJECT, schema_text
+from mlx_router_server.dialects.options import Options, checked_stops, parse_options
+from mlx_router_server.dialects.schemas import ANY_OBJECT, AnswerSchema, answer_schema
 from mlx_router_server.durations import parse_duration
 from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
 from mlx_router_shared.generation import (
@@ -110,6 +113,15 @@ class _Message(Struct, kw_only=True):
     reasoning: str = ""
 
 
+_RESERVED_ARGUMENTS: Final = frozenset(
+    {
+        "messages", "conversation", "tools", "documents", "tokenize", "chat_template", "add_generation_prompt",
+        "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+        "return_assistant_tokens_mask", "tokenizer_kwargs", "template_kwargs",
+    }
+)  # fmt: skip
+"""What the server itself says to a chat template."""
+_OWN_TEMPLATE_ARGUMENTS: Final = _RESERVED_ARGUMENTS | {"enable_thinking"}
 ACCOUNTING: Final = "accounting of a hosted service; nothing here depends on it"
 _IGNORED: Final = {
     "user": ACCOUNTING,
@@ -150,6 +162,17 @@ CHAT_FIELDS: Final = FieldRules(
         "reasoning_effort": "none turns thinking off; models that cannot think answer without",
         "max_tokens": "max_completion_tokens wins",
         "messages": "images as data URLs, for models with vision",
+        "chat_template_kwargs": "handed to the model's chat template; enable_thinking as the field of that name",
+    },
+    inside={
+        "messages[]": _Message,
+        "messages[].content[]": PART_NAMES,
+        "messages[].content[].image_url": IMAGE_NAMES,
+        "tools[]": TOOL_BODY,
+        "response_format": frozenset({"type", "json_schema", "schema"}),
+        "response_format.json_schema": frozenset({"name", "description", "schema", "strict"}),
+        "reasoning": frozenset({"effort"}),
+        "thinking": frozenset({"type"}),
     },
 )
 COMPLETION_FIELDS: Final = FieldRules(
@@ -169,14 +192,14 @@ def parse_chat_completion(body: bytes) -> Call:
     """Raises ``InvalidRequest`` with ``param``; nothing was looked up yet."""
     data = read_object(body, empty="EOF")
     chat = convert(data, _ChatBody)
-    ignored = CHAT_FIELDS.check(data)
+    ignored = list(CHAT_FIELDS.check(data))
     if not chat.messages:
         raise InvalidRequest("[] is too short - 'messages'", param="messages")
     check_ranges(chat)
     _check_logprobs(chat)
     if any(kind != "text" for kind in chat.modalities):
         raise UnsupportedCapability("this server answers in text only", param="modalities")
-    use = tool_use(read_tools(chat.tools), chat.tool_choice)
+    use = tool_use(read_tools(chat.tools, ignored), chat.tool_choice)
     options = parse_options(chat.options)
     thinking, effort = _thinking(chat)
     needs = {Needs.COMPLETION: Need('"{name}" does not support chat')}
@@ -188,6 +211,11 @@ def parse_chat_completion(body: bytes) -> Call:
         if image_at:
             needs.setdefault(Needs.VISION, Need("{full} does not support images", image_at))
         messages.append(message)
+    schema = None if use.forced else read_response_format(chat.response_format, "response_format")
+    if schema is not None:
+        ignored += schema.ignored
+    template_arguments = {k: v for k, v in chat.chat_template_kwargs.items() if k not in _OWN_TEMPLATE_ARGUMENTS}
+    ignored += [f"chat_template_kwargs.{name}" for name in chat.chat_template_kwargs if name in _RESERVED_ARGUMENTS]
     request = _request(
         chat,
         options,
@@ -198,7 +226,8 @@ def parse_chat_completion(body: bytes) -> Call:
         incremental_tools=chat.stream,
         thinking=thinking,
         thinking_effort=effort,
-        schema=None if use.forced else read_response_format(chat.response_format, "response_format"),
+        template_arguments=msgspec.json.encode(template_arguments).decode() if template_arguments else "",
+        schema=schema.text if schema is not None else None,
         max_tokens=limit_of(chat.max_completion_tokens, chat.max_tokens, options.max_tokens),
         top_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
     )
@@ -209,7 +238,7 @@ def parse_completion(body: bytes) -> Call:
     """Raises ``InvalidRequest`` with ``param``; nothing was looked up yet."""
     data = read_object(body, empty="EOF")
     completion = convert(data, _CompletionBody)
-    ignored = COMPLETION_FIELDS.check(data)
+    ignored = list(COMPLETION_FIELDS.check(data))
     check_ranges(completion)
     needs = {Needs.COMPLETION: Need('"{name}" does not support completions')}
     if completion.suffix:
@@ -243,7 +272,7 @@ def parse_completion(body: bytes) -> Call:
 
 def _call(
     body: _Common, prompts: list[GenerationRequest], needs: dict[Needs, Need], options: Options,
-    ignored: tuple[str, ...],
+    ignored: list[str],
 ) -> Call:  # fmt: skip
     if not 1 <= body.n <= _MOST_CHOICES // len(prompts):
         raise InvalidRequest(f"n times the number of prompts must be between 1 and {_MOST_CHOICES}", param="n")
@@ -256,7 +285,7 @@ def _call(
         needs=needs,
         choices_per_prompt=body.n,
         include_usage=body.stream_options.include_usage,
-        ignored=ignored + tuple(f"options.{name}" for name in options.ignored),
+        ignored=(*ignored, *(f"options.{name}" for name in options.ignored)),
     )
 
 
@@ -274,7 +303,7 @@ def _request(body: _Common, options: Options, **more: Any) -> GenerationRequest:
         sampling=sampling_of(body, options),
         sampling_defaults=OPENAI_DEFAULTS,
         context_tokens=limit_of(body.num_ctx, options.context_tokens),
-        stop=[text for text in stop if text] or options.stop,
+        stop=checked_stops(stop, "stop") or options.stop,
         **more,
     )
 
@@ -287,15 +316,13 @@ def _check_logprobs(chat: _ChatBody) -> None:
             raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
 
 
-def read_response_format(form: dict[str, Any], param: str) -> str | None:
+def read_response_format(form: dict[str, Any], param: str) -> AnswerSchema | None:
     """The schema that the answer has to satisfy. Chat nests it under ``json_schema``, responses have it beside
-    ``type``."""
+    ``type``, and llama.cpp's clients have it beside the type ``json_object`` too."""
     kind = form.get("type") or "text"
     if kind == "text":
         return None
-    if kind == "json_object":
-        return ANY_OBJECT
-    if kind != "json_schema":
+    if kind not in ("json_object", "json_schema"):
         raise InvalidRequest(f"unknown format {kind!r}: text, json_object or json_schema", param=f"{param}.type")
     inner = form.get("json_schema", form)
     schema = inner.get("schema") if isinstance(inner, dict) else None
@@ -303,7 +330,7 @@ def read_response_format(form: dict[str, Any], param: str) -> str | None:
         return ANY_OBJECT
     if not isinstance(schema, dict):
         raise InvalidRequest("the schema has to be an object", param=f"{param}.json_schema.schema")
-    return schema_text(schema, param)
+    return answer_schema(schema, param)
 
 
 def _thinking(chat: _ChatBody) -> tuple[bool | None, str | None]:

@@ -12,13 +12,15 @@ from typing import Any, Final
 from mlx_router_shared.errors import InvalidRequest
 from mlx_router_shared.generation import Sampling
 
-__all__ = ["HONOURED_OPTIONS", "IGNORED_OPTIONS", "OLLAMA_DEFAULTS", "Options", "parse_options"]
+__all__ = ["HONOURED_OPTIONS", "IGNORED_OPTIONS", "OLLAMA_DEFAULTS", "Options", "checked_stops", "parse_options"]
 
 OLLAMA_DEFAULTS: Final = Sampling(
     temperature=0.8, top_k=40, top_p=0.9, min_p=0.0, repeat_penalty=1.0, repeat_last_n=64,
     presence_penalty=0.0, frequency_penalty=0.0,
 )  # fmt: skip
 
+_MOST_STOPS: Final = 100
+_LONGEST_STOP: Final = 4096  # characters
 _INTEGERS: Final = frozenset(
     [
         "num_ctx",
@@ -117,9 +119,19 @@ def parse_options(options: dict[str, Any]) -> Options:
         # Negative: until the model stops. 0 has no meaning of its own in Ollama's MLX engine: no limit either.
         max_tokens=predict if predict is not None and predict > 0 else None,
         context_tokens=max(context, 4) if context is not None and context > 0 else None,
-        stop=values.get("stop", []),
+        stop=checked_stops(values.get("stop", []), "options.stop"),
         ignored=tuple(ignored),
     )
+
+
+def checked_stops(stops: list[str], param: str) -> list[str]:
+    """Return the stop strings without empty ones. Raises ``InvalidRequest`` for too many and too long ones: each token
+    of an answer is compared with all of them."""
+    if len(stops) > _MOST_STOPS:
+        raise InvalidRequest(f"{param} holds more than {_MOST_STOPS} strings", param=param)
+    if any(len(stop) > _LONGEST_STOP for stop in stops):
+        raise InvalidRequest(f"{param} holds a string of more than {_LONGEST_STOP} characters", param=param)
+    return [stop for stop in stops if stop]
 
 
 def _check(name: str, value: Any) -> Any:

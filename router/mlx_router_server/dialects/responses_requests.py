@@ -24,7 +24,7 @@ from mlx_router_server.dialects.openai_common import (
 )
 from mlx_router_server.dialects.openai_requests import read_response_format
 from mlx_router_server.dialects.options import parse_options
-from mlx_router_server.dialects.schemas import schema_text
+from mlx_router_server.dialects.schemas import check_strict_tool
 from mlx_router_server.durations import parse_duration
 from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
 from mlx_router_shared.generation import GenerationRequest, Message, Role, Tool, ToolCall
@@ -104,7 +104,19 @@ RESPONSE_FIELDS: Final = FieldRules(
         "keep_alive": "Ollama's field, also by the header X-Keep-Alive",
         "options": "Ollama's field; the API's own fields win over it",
     },
-)
+    inside={
+        "text": frozenset({"format", "verbosity"}),
+        "text.format": frozenset({"type", "name", "description", "schema", "strict", "json_schema"}),
+        "reasoning": frozenset({"effort", "summary"}),
+        "input[]": frozenset(
+            {
+                "type", "role", "content", "id", "status", "call_id", "name", "namespace", "arguments", "input",
+                "output", "summary", "encrypted_content",
+            }
+        ),
+        "input[].content[]": frozenset({"type", "text", "refusal", "image_url", "annotations", "logprobs"}),
+    },
+)  # fmt: skip
 
 
 class ResponsesCall(Struct, frozen=True, kw_only=True):
@@ -115,6 +127,8 @@ class ResponsesCall(Struct, frozen=True, kw_only=True):
     instructions: str
     messages: list[Message]
     """Of the input alone."""
+    items: list[dict[str, Any]]
+    """The input as it was sent."""
     previous_response_id: str
     store: bool
     encrypted_reasoning: bool
@@ -142,7 +156,7 @@ def parse_responses(body: bytes) -> ResponsesCall:
     """Raises ``InvalidRequest`` with ``param``; nothing was looked up yet."""
     data = read_object(body, empty="EOF")
     asked = convert(data, _Body)
-    ignored = RESPONSE_FIELDS.check(data)
+    ignored = list(RESPONSE_FIELDS.check(data))
     check_ranges(asked)
     if asked.top_logprobs is not None and not 0 <= asked.top_logprobs <= 20:
         raise InvalidRequest("top_logprobs must be between 0 and 20", param="top_logprobs")
@@ -151,7 +165,7 @@ def parse_responses(body: bytes) -> ResponsesCall:
     if not asked.input and not asked.previous_response_id:
         raise InvalidRequest("input is required", param="input")
     messages, image_at = _messages(asked.input)
-    tools, namespaces = _tools(asked.tools)
+    tools, namespaces = _tools(asked.tools, ignored)
     use = tool_use(tools, asked.tool_choice)
     effort = asked.reasoning.get("effort")
     thinking, level = read_effort(effort if isinstance(effort, str) else None, "reasoning.effort")
@@ -163,6 +177,9 @@ def parse_responses(body: bytes) -> ResponsesCall:
         needs[Needs.VISION] = Need("{full} does not support images", image_at)
     form = asked.text.get("format")
     form = form if isinstance(form, dict) else {}
+    schema = None if use.forced else read_response_format(form, "text.format")
+    if schema is not None:
+        ignored += schema.ignored
     logprobs = asked.top_logprobs is not None or "message.output_text.logprobs" in asked.include
     request = GenerationRequest(
         sampling=sampling_of(asked, options),
@@ -173,7 +190,7 @@ def parse_responses(body: bytes) -> ResponsesCall:
         incremental_tools=asked.stream,
         thinking=thinking,
         thinking_effort=level,
-        schema=None if use.forced else read_response_format(form, "text.format"),
+        schema=schema.text if schema is not None else None,
         max_tokens=limit_of(asked.max_output_tokens, options.max_tokens),
         context_tokens=limit_of(asked.num_ctx, options.context_tokens),
         stop=options.stop,
@@ -186,12 +203,13 @@ def parse_responses(body: bytes) -> ResponsesCall:
         stream=asked.stream,
         keep_alive_seconds=None if asked.keep_alive is None else parse_duration(asked.keep_alive),
         needs=needs,
-        ignored=ignored + tuple(f"options.{name}" for name in options.ignored),
+        ignored=(*ignored, *(f"options.{name}" for name in options.ignored)),
     )
     return ResponsesCall(
         call=call,
         instructions=asked.instructions,
         messages=messages,
+        items=asked.input if isinstance(asked.input, list) else _as_items(asked.input),
         previous_response_id=asked.previous_response_id,
         store=asked.store,
         encrypted_reasoning="reasoning.encrypted_content" in asked.include,
@@ -216,6 +234,11 @@ def parse_responses(body: bytes) -> ResponsesCall:
 
 
 # ------------------------------------------------------------------------------------------------------ input
+
+
+def _as_items(text: str) -> list[dict[str, Any]]:
+    content = [{"type": "input_text", "text": text}]
+    return [{"type": "message", "role": "user", "content": content}] if text else []
 
 
 def _messages(items: str | list[dict[str, Any]]) -> tuple[list[Message], str]:
@@ -315,28 +338,28 @@ def _in_namespace(namespace: str, name: str) -> str:
     return f"{namespace}__{name}"
 
 
-def _tools(items: list[dict[str, Any]]) -> tuple[list[Tool], dict[str, tuple[str, str]]]:
+def _tools(items: list[dict[str, Any]], ignored: list[str]) -> tuple[list[Tool], dict[str, tuple[str, str]]]:
     tools: list[Tool] = []
     namespaces: dict[str, tuple[str, str]] = {}
     for number, item in enumerate(items):
         kind, at = item.get("type"), f"tools[{number}]"
         if kind == "function":
-            tools.append(_tool(item, at))
+            tools.append(_tool(item, at, ignored))
         elif kind == "namespace" and isinstance(item.get("tools"), list):
             for member in item["tools"]:
                 if isinstance(member, dict) and member.get("type", "function") == "function":
-                    tool = _tool(member, at)
+                    tool = _tool(member, at, ignored)
                     known_as = _in_namespace(str(item.get("name", "")), tool.name)
                     namespaces[known_as] = (str(item.get("name", "")), tool.name)
                     tools.append(msgspec.structs.replace(tool, name=known_as))
     return tools, namespaces
 
 
-def _tool(item: dict[str, Any], at: str) -> Tool:
+def _tool(item: dict[str, Any], at: str, ignored: list[str]) -> Tool:
     tool = convert(item, _Tool, f"{at}.")
     parameters = tool.parameters or {"type": "object", "properties": {}}
     if tool.strict:
-        schema_text(parameters, f"{at}.parameters")
+        ignored += check_strict_tool(parameters, f"{at}.parameters")
     return Tool(
         name=tool.name,
         description=tool.description,

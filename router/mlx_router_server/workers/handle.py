@@ -16,7 +16,15 @@ from typing import Final, assert_never
 
 from mlx_router_server.workers.launcher import WorkerProcess
 from mlx_router_server.workers.link import WorkerLink
-from mlx_router_shared.errors import ErrorCode, LoadFailed, MlxRouterError, WorkerDied, error_from_code
+from mlx_router_shared.errors import (
+    ErrorCode,
+    InvalidRequest,
+    LoadFailed,
+    MlxRouterError,
+    ProtocolError,
+    WorkerDied,
+    error_from_code,
+)
 from mlx_router_shared.generation import Event, Failure, Finish, Request
 from mlx_router_shared.protocol import (
     Bye,
@@ -201,7 +209,10 @@ class WorkerHandle:
         try:
             if self.exited.is_set():
                 raise WorkerDied(self.exit_reason)
-            self._link.send(self.worker_id, Submit(request_id=request_id, request=request))
+            try:
+                self._link.send(self.worker_id, Submit(request_id=request_id, request=request))
+            except ProtocolError as error:  # larger than any message may be
+                raise InvalidRequest(f"the request is too large: {error.message}") from None
             while not ended:
                 events = await inbox.take()
                 ended = isinstance(events[-1], Finish | Failure)

@@ -75,19 +75,30 @@ def template_tools(tools: list[Tool]) -> list[dict[str, Any]]:
 def merge_system(messages: list[Message]) -> list[Message]:
     """One system message at the front, and no two turns in a row from the same speaker (tool results excepted)."""
     system = [message.content for message in messages if message.role is Role.SYSTEM]
-    merged: list[Message] = [Message(role=Role.SYSTEM, content="\n\n".join(system))] if system else []
+    merged = [Message(role=Role.SYSTEM, content="\n\n".join(system))] if system else []
+    return merged + merge_turns([message for message in messages if message.role is not Role.SYSTEM])
+
+
+def merge_turns(messages: list[Message]) -> list[Message]:
+    """No two turns in a row from the same speaker, tool results and turns with calls excepted."""
+    runs: list[list[Message]] = []
     for message in messages:
-        if message.role is Role.SYSTEM:
-            continue
-        last = merged[-1] if merged else None
+        last = runs[-1][-1] if runs else None
         plain = not message.tool_calls and message.role is not Role.TOOL
         if last is not None and plain and last.role is message.role and not last.tool_calls:
-            merged[-1] = Message(
-                role=message.role, content=f"{last.content}\n\n{message.content}", images=last.images + message.images
-            )
+            runs[-1].append(message)
         else:
-            merged.append(message)
-    return merged
+            runs.append([message])
+    return [_joined(run) if len(run) > 1 else run[0] for run in runs]
+
+
+def _joined(run: list[Message]) -> Message:
+    return Message(
+        role=run[0].role,
+        content="\n\n".join(message.content for message in run),
+        images=[image for message in run for image in message.images],
+        reasoning="".join(message.reasoning or "" for message in run) or None,
+    )
 
 
 def droppable(messages: list[Message]) -> list[tuple[int, int]]:

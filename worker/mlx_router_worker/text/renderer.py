@@ -6,7 +6,8 @@ can be counted where no weights are.
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, Final
 
 from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, UnsupportedCapability
 from mlx_router_shared.generation import GenerationRequest, Message
@@ -15,6 +16,18 @@ from mlx_router_worker.text.prompt import droppable, merge_system, template_mess
 from mlx_router_worker.text.token_bytes import is_token
 
 __all__ = ["PromptRenderer", "is_chat"]
+
+
+_COUNTED_TOKENS: Final = 500_000
+"""Prompts that are longer than this and than eight contexts are not counted."""
+
+
+def _too_long(tokens: int, limit: int) -> ContextLengthExceeded:
+    return ContextLengthExceeded(
+        f"input length ({tokens} tokens) exceeds the model's maximum context length ({limit} tokens)",
+        tokens=tokens,
+        limit=limit,
+    )
 
 
 def is_chat(request: GenerationRequest) -> bool:
@@ -29,6 +42,7 @@ class PromptRenderer:
         self._tokenizer = tokenizer
         self._context_tokens = context_tokens
         self._vocabulary = vocabulary
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
 
     def context_of(self, request: GenerationRequest) -> int:
         """The limit that prompt and answer of this request stay in."""
@@ -38,35 +52,63 @@ class PromptRenderer:
         """The tokens of the prompt, and how many turns had to be left out. Raises when it does not fit."""
         limit = self.context_of(request)
         messages = request.messages
+        shortens = is_chat(request) and request.truncate
+        if shortens:
+            messages = self._without_hopeless(messages, limit)
+        self._refuse_hopeless(request, messages, limit)
         tokens = self._tokens(request, messages)
-        if is_chat(request) and request.truncate and len(tokens) >= limit:
-            messages, tokens = self._shortened(request, limit)
+        if shortens and len(tokens) >= limit:
+            messages, tokens = self._shortened(request, messages, limit)
         if len(tokens) >= limit:
-            raise ContextLengthExceeded(
-                f"input length ({len(tokens)} tokens) exceeds the model's maximum context length ({limit} tokens)",
-                tokens=len(tokens),
-                limit=limit,
-            )
+            raise _too_long(len(tokens), limit)
         if not tokens:
             raise InvalidRequest("the prompt is empty")
         return tokens, len(request.messages) - len(messages)
 
-    def _shortened(self, request: GenerationRequest, limit: int) -> tuple[list[Message], list[int]]:
+    def _least_tokens(self, characters: int) -> int:
+        """How many tokens a text of so many characters has at least. Half of that is allowed for tokenizers that
+        normalise a text to a shorter one."""
+        return characters // (2 * self._longest_token)
+
+    def _refuse_hopeless(self, request: GenerationRequest, messages: list[Message], limit: int) -> None:
+        """Raise ``ContextLengthExceeded`` for what cannot fit, before it is tokenised: that takes seconds and a hundred
+        bytes of memory for each character."""
+        characters = sum(len(message.content) for message in messages) + len(request.prompt or "")
+        characters += len(request.suffix or "") + sum(len(tool.parameters) for tool in request.tools)
+        tokens = self._least_tokens(characters) + len(request.prompt_tokens) + len(request.prefix_tokens)
+        if tokens >= limit:
+            raise _too_long(tokens, limit)
+
+    def _without_hopeless(self, messages: list[Message], limit: int) -> list[Message]:
+        """Leave out the oldest turns that cannot fit with what follows them."""
+        turns = droppable(messages)
+        kept = sum(len(message.content) for message in messages)
+        dropped = 0
+        while dropped < len(turns) and self._least_tokens(kept) >= limit:
+            begin, end = turns[dropped]
+            kept -= sum(len(message.content) for message in messages[begin:end])
+            dropped += 1
+        return without(messages, turns[:dropped])
+
+    def _shortened(
+        self, request: GenerationRequest, messages: list[Message], limit: int
+    ) -> tuple[list[Message], list[int]]:
         """The longest end of the conversation that fits, or its last turn. Found by halving: each try is a rendering of
         its own, and other requests wait for it."""
-        turns = droppable(request.messages)
+        turns = droppable(messages)
         low, high = 0, len(turns)
         while low < high:
             middle = (low + high) // 2
-            if len(self._tokens(request, without(request.messages, turns[:middle]))) < limit:
+            if len(self._tokens(request, without(messages, turns[:middle]))) < limit:
                 high = middle
             else:
                 low = middle + 1
-        messages = without(request.messages, turns[:low])
+        messages = without(messages, turns[:low])
         return messages, self._tokens(request, messages)
 
     def count(self, request: GenerationRequest) -> tuple[int, str]:
-        """The number of tokens of the whole prompt, and its text; does not mind whether it fits."""
+        """The number of tokens of the whole prompt, and its text; does not mind whether it fits, within reason."""
+        self._refuse_hopeless(request, request.messages, max(8 * self._context_tokens, _COUNTED_TOKENS))
         tokens = self._tokens(request, request.messages)
         text = self._chat(request, request.messages, tokenize=False) if is_chat(request) else None
         return len(tokens), str(text if text is not None else self._tokenizer.decode(tokens))
@@ -95,7 +137,8 @@ class PromptRenderer:
     def _chat(self, request: GenerationRequest, messages: list[Message], *, tokenize: bool) -> Any:
         if not self._tokenizer.has_chat_template:
             raise UnsupportedCapability("this model has no chat template; it can only complete text")
-        arguments: dict[str, Any] = {"tokenize": tokenize, "tools": template_tools(request.tools) or None}
+        arguments: dict[str, Any] = json.loads(request.template_arguments or "{}")
+        arguments |= {"tokenize": tokenize, "tools": template_tools(request.tools) or None}
         if request.continue_final:
             arguments["continue_final_message"] = True
         else:

@@ -8,6 +8,7 @@ from typing import Any, Final
 from llguidance import LLMatcher
 
 from mlx_router_shared.generation import Tool
+from mlx_router_shared.schemas import enforceable_schema
 
 __all__ = ["answer_grammar", "call_grammar"]
 
@@ -34,7 +35,8 @@ def call_grammar(tools: list[Tool]) -> str:
 
 
 def _call_schema(tool: Tool, at: str) -> dict[str, Any]:
-    parameters = _rebased(json.loads(tool.parameters), f"#{at}/properties/arguments")
+    known = enforceable_schema(json.loads(tool.parameters)).schema
+    parameters = _rebased(known, f"#{at}/properties/arguments")
     if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
         parameters = {}
     return {

@@ -1,0 +1,115 @@
+"""Schemas as pydantic, zod and their like write them: what only narrows a value is dropped and named, what changes its
+shape is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.support.http import Reply, call
+from tests.support.router import RouterProcess
+
+_ZOD_EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+_DECIMAL = r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"
+
+_DROPPED: list[tuple[dict[str, Any], list[str]]] = [
+    ({"anyOf": [{"type": "number"}, {"type": "string", "pattern": _DECIMAL}]}, ["anyOf[1].pattern"]),
+    ({"type": "string", "format": "email", "pattern": _ZOD_EMAIL}, ["pattern"]),
+    ({"type": "string", "format": "path"}, ["format"]),
+    ({"type": "string", "format": "password", "writeOnly": True}, ["format"]),
+    ({"type": "string", "format": "binary"}, ["format"]),
+    ({"type": "string", "format": "ipvanyaddress"}, ["format"]),
+    ({"type": "string", "format": "phone"}, ["format"]),
+    ({"type": "string", "format": "json-string"}, ["format"]),
+    ({"type": "string", "pattern": r"^(a)\1$"}, ["pattern"]),
+    ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, ["uniqueItems"]),
+    ({"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "number"}},
+     ["propertyNames"]),
+    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, ["oneOf"]),
+    ({"type": "object", "properties": {"format": {"type": "string"}, "pattern": {"type": "string"}}}, []),
+    ({"const": {"format": "path"}}, []),
+    ({"enum": ["(?!a)"], "default": {"format": "x"}}, []),
+]  # fmt: skip
+
+
+def _wrapped(inner: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {"v": inner}, "required": ["v"], "additionalProperties": False}
+
+
+def _ask(router: RouterProcess, path: str, schema: dict[str, Any]) -> Reply:
+    messages = [{"role": "user", "content": "go"}]
+    body: dict[str, Any] = {"model": "random", "messages": messages, "temperature": 0}
+    if path == "/v1/chat/completions":
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        body |= {"max_tokens": 60, "response_format": form}
+    elif path == "/v1/responses":
+        body = {"model": "random", "input": "go", "max_output_tokens": 60,
+                "text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}}  # fmt: skip
+    elif path == "/v1/messages":
+        body |= {"max_tokens": 60, "output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    else:
+        body = {"model": "random", "messages": messages, "stream": False, "format": schema,
+                "options": {"num_predict": 60, "temperature": 0}}  # fmt: skip
+    return call(router, "POST", path, body)
+
+
+@pytest.mark.parametrize(("inner", "dropped"), _DROPPED, ids=lambda value: str(value)[:50])
+def test_what_only_narrows_is_dropped_and_named(
+    fleet: RouterProcess, inner: dict[str, Any], dropped: list[str]
+) -> None:
+    reply = _ask(fleet, "/api/chat", _wrapped(inner))
+    assert reply.status == 200, reply.body
+    named = reply.headers.get("x-ignored-fields", "").split(",") if dropped else []
+    assert named == [f"format.properties.v.{path}" for path in dropped]
+    assert "x-ignored-fields" not in reply.headers or dropped
+    assert set(json.loads(reply.json()["message"]["content"])) == {"v"}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_the_other_apis_name_it_too(fleet: RouterProcess, path: str) -> None:
+    reply = _ask(fleet, path, _wrapped({"type": "string", "format": "path"}))
+    assert reply.status == 200, reply.body
+    assert reply.headers["x-ignored-fields"].endswith("properties.v.format")
+
+
+@pytest.mark.parametrize(
+    "inner", [{"not": {"type": "string"}}, {"type": "array", "contains": {"type": "integer"}},
+              {"type": "object", "dependentRequired": {"a": ["b"]}}, {"type": "object", "unevaluatedProperties": False},
+              {"type": "object", "if": {}, "then": {}}],
+    ids=str,
+)  # fmt: skip
+def test_what_changes_the_shape_is_refused_by_name(fleet: RouterProcess, inner: dict[str, Any]) -> None:
+    reply = _ask(fleet, "/api/chat", _wrapped(inner))
+    assert reply.status == 400
+    name = next(key for key in inner if key != "type")
+    assert name in reply.json()["error"]
+
+
+def test_a_schema_beside_json_object_holds(fleet: RouterProcess) -> None:
+    reply = call(fleet, "POST", "/v1/chat/completions", {
+        "model": "random", "messages": [{"role": "user", "content": "go"}], "max_tokens": 60,
+        "response_format": {"type": "json_object", "schema": _wrapped({"type": "integer", "maximum": 9, "minimum": 0})},
+    })  # fmt: skip
+    assert set(json.loads(reply.json()["choices"][0]["message"]["content"])) == {"v"}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_forced_tool_may_have_such_parameters(fleet: RouterProcess, strict: bool) -> None:
+    parameters = _wrapped({"type": "string", "format": "email", "pattern": _ZOD_EMAIL})
+    tool = {"type": "function", "function": {"name": "f", "strict": strict, "parameters": parameters}}
+    reply = call(fleet, "POST", "/v1/chat/completions", {
+        "model": "random", "messages": [{"role": "user", "content": "go"}], "tools": [tool], "max_tokens": 100,
+        "tool_choice": "required", "temperature": 0,
+    })  # fmt: skip
+    assert reply.status == 200, reply.body
+    (made,) = reply.json()["choices"][0]["message"]["tool_calls"]
+    assert "@" in json.loads(made["function"]["arguments"])["v"]
+    assert ("properties.v.pattern" in reply.headers.get("x-ignored-fields", "")) == strict
+
+
+def test_a_schema_beyond_all_bounds_is_refused_while_others_are_answered(fleet: RouterProcess) -> None:
+    schema = {"type": "object", "properties": {f"property_{number}": {"type": "string"} for number in range(10_000)}}
+    reply = _ask(fleet, "/v1/chat/completions", schema)
+    assert (reply.status, "longer than" in reply.json()["error"]["message"]) == (400, True)
