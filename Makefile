@@ -13,7 +13,7 @@ UI := .venv-ui
 LOOPBACK_ONLY := unshare --user --map-root-user --net sh -c 'ip link set lo up && exec sh -c "$$0"'
 # Installed once with everything that development needs; repeated when the project file changes.
 
-.PHONY: coverage count sbom test-versions record-open-webui docs screens help setup run test test-agents test-clients test-extras test-open-webui test-slow test-ui soak soak-day fuzz check lint types imports format bench bench-swaps demo-model clean
+.PHONY: templates coverage count sbom test-versions record-open-webui docs screens help setup run test test-agents test-clients test-extras test-open-webui test-slow test-ui soak soak-day fuzz check lint types imports format bench bench-swaps demo-model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -140,6 +140,9 @@ demo-model: $(INSTALLED) ## train the bundled demo model anew (minutes)
 
 clean: ## remove what the other commands made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+templates: $(INSTALLED) ## conversations through every chat template of a folder: DIR=…
+	$(BIN)/python -m tests.templates $(or $(DIR),tests/templates)
 
 screens: $(INSTALLED) ## type the commands into a terminal (tmux) and write docs/cli.md
 	$(BIN)/python -m tests.screens

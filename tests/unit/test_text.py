@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mlx_router_shared.generation import Event, Message, ReasoningDelta, Role, TextDelta, Tool, ToolCall, ToolCallDone
 from mlx_router_worker.text.answer import AnswerBuilder
-from mlx_router_worker.text.prompt import droppable, merge_system, template_messages, template_tools, without
+from mlx_router_worker.text.conversation import merge_system, merge_turns
+from mlx_router_worker.text.prompt import droppable, template_messages, template_tools, without
 from mlx_router_worker.text.stop_strings import StopStrings
 
 
@@ -123,9 +124,8 @@ def test_tools_get_openais_shape() -> None:
 
 
 def test_merging_puts_all_system_text_in_front() -> None:
-    merged = merge_system(
-        [_message("user", "1"), _message("system", "a"), _message("user", "2"), _message("system", "b")]
-    )
+    messages = [_message("user", "1"), _message("system", "a"), _message("user", "2"), _message("system", "b")]
+    merged = merge_turns(merge_system(messages))
     assert [(m.role.value, m.content) for m in merged] == [("system", "a\n\nb"), ("user", "1\n\n2")]
 
 
@@ -136,15 +136,21 @@ def test_the_oldest_turn_goes_first_and_the_last_never() -> None:
         _message("tool", "r"),
         _message("user", "last"),
     ]
-    assert droppable(messages) == [(1, 3)], "a call with its result"
-    shorter = without(messages, [(1, 3)])
+    assert droppable(messages) == [[1, 2]], "a call with its result"
+    shorter = without(messages, [[1, 2]])
     assert [m.content for m in shorter] == ["s", "last"]
     assert droppable(shorter) == []
     assert without(messages, []) == messages
 
 
-def test_turns_between_which_the_system_speaks_are_left_out_one_by_one() -> None:
+def test_an_exchange_is_left_out_whole_and_its_system_turns_are_kept() -> None:
     messages = [_message(*turn) for turn in (("user", "1"), ("system", "s"), ("assistant", "2"), ("user", "3"))]
-    turns = droppable(messages)
-    left = [[m.content for m in without(messages, turns[:count])] for count in range(len(turns) + 1)]
-    assert left == [["1", "s", "2", "3"], ["s", "2", "3"], ["s", "3"]]
+    parts = droppable(messages)
+    left = [[m.content for m in without(messages, parts[:count])] for count in range(len(parts) + 1)]
+    assert left == [["1", "s", "2", "3"], ["s", "3"]]
+
+
+def test_of_the_last_exchange_calls_go_with_their_results() -> None:
+    call = [ToolCall(id="i", name="f")]
+    messages = [_message("user", "task"), *([_message("assistant", tool_calls=call), _message("tool", "r")] * 3)]
+    assert droppable(messages) == [[1, 2], [3, 4]], "the model has to answer to the last result"

@@ -33,6 +33,7 @@ from mlx_router_worker.engine import Report
 from mlx_router_worker.mlx_base import refuse_additions
 from mlx_router_worker.mlx_engine import PREFILL_TOKENS, MlxEngine, Prompt
 from mlx_router_worker.text.renderer import PromptRenderer, is_chat
+from mlx_router_worker.text.template_traits import CallStyle
 
 __all__ = ["VisionEngine"]
 
@@ -188,8 +189,8 @@ class _VisionRenderer(PromptRenderer):
     def text(self, request: GenerationRequest) -> str:
         return str(self._chat(request, request.messages, tokenize=False))
 
-    def _template_messages(self, messages: list[Message]) -> list[dict[str, Any]]:
-        entries = super()._template_messages(messages)
+    def _template_messages(self, messages: list[Message], style: CallStyle) -> list[dict[str, Any]]:
+        entries = super()._template_messages(messages, style)
         for entry, message in zip(entries, messages, strict=True):
             text = message.content
             for marker in self._markers:

@@ -1,58 +1,92 @@
 """From the canonical messages to what chat templates take.
 
-Templates expect dictionaries in OpenAI's shape, but tool-call arguments as objects; many allow one system message
-only, at the front. The plain form is tried first, the merged form when a template refuses it.
+Templates expect dictionaries in OpenAI's shape; which turns they take, and the style of their calls, are traits of the
+template (``template_traits``, ``conversation``).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from typing import Any
+from itertools import pairwise
+from typing import Any, Final
 
-from mlx_router_shared.generation import Message, Role, Tool
+from msgspec.structs import replace
 
-__all__ = ["droppable", "merge_system", "template_messages", "template_tools", "without"]
+from mlx_router_shared.generation import Message, Role, Tool, ToolCall
+from mlx_router_worker.text.template_traits import CallStyle, TemplateTraits
+
+__all__ = ["droppable", "template_messages", "template_tools", "tools_as_text", "without"]
+
+ALL_TRAITS: Final = TemplateTraits()
+ANY_STYLE: Final = CallStyle()
+_SHORT_ID: Final = 9
 
 
-def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """Messages as dictionaries; a tool result without a name gets that of the call it answers."""
+def template_messages(messages: list[Message], traits: TemplateTraits = ALL_TRAITS, style: CallStyle = ANY_STYLE,
+                      ) -> list[dict[str, Any]]:  # fmt: skip
+    """Messages as dictionaries; a tool result without a name or an id gets those of the call it answers."""
     out: list[dict[str, Any]] = []
-    open_calls: list[tuple[str, str]] = []  # (id, name) not answered yet, in order
+    open_calls: list[ToolCall] = []  # not answered yet, in order
+    made = 0
     for message in messages:
-        entry: dict[str, Any] = {"role": message.role.value, "content": message.content}
+        content: Any = message.content
+        if traits.typed_content:
+            content = [{"type": "text", "text": content}]
+        entry: dict[str, Any] = {"role": message.role.value, "content": content}
         if message.reasoning:
             entry["reasoning_content"] = message.reasoning
         if message.tool_calls:
-            open_calls = [(call.id, call.name) for call in message.tool_calls]
-            entry["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": _as_object(call.arguments)},
-                }
-                for call in message.tool_calls
-            ]
+            open_calls = []
+            entry["tool_calls"] = []
+            for call in message.tool_calls:
+                made += 1
+                known = replace(call, id=call.id or f"call_{made}")
+                open_calls.append(known)
+                entry["tool_calls"].append(_template_call(known, style))
         if message.role is Role.TOOL:
-            name = message.tool_name or _take_call(open_calls, message.tool_call_id)
+            answered = _take_call(open_calls, message)
+            name = message.tool_name or (answered.name if answered is not None else None)
+            call_id = message.tool_call_id or (answered.id if answered is not None else None)
             if name:
                 entry["name"] = name
-            if message.tool_call_id:
-                entry["tool_call_id"] = message.tool_call_id
+            if call_id:
+                entry["tool_call_id"] = _short_id(call_id) if style.short_ids else call_id
         out.append(entry)
     return out
 
 
-def _take_call(open_calls: list[tuple[str, str]], call_id: str | None) -> str | None:
-    """The name of the call with this id, else of the next unanswered one: some clients send neither."""
-    for at, (known, _) in enumerate(open_calls):
-        if call_id and known == call_id:
-            return open_calls.pop(at)[1]
-    return open_calls.pop(0)[1] if open_calls else None
+def _template_call(call: ToolCall, style: CallStyle) -> dict[str, Any]:
+    arguments = call.arguments or "{}"
+    return {
+        "id": _short_id(call.id) if style.short_ids else call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": arguments if style.text_arguments else _as_object(arguments)},
+    }
+
+
+def _short_id(call_id: str) -> str:
+    """Nine letters and digits, the same for the same id."""
+    if len(call_id) == _SHORT_ID and call_id.isascii() and call_id.isalnum():
+        return call_id
+    return hashlib.sha256(call_id.encode()).hexdigest()[:_SHORT_ID]
+
+
+def _take_call(open_calls: list[ToolCall], result: Message) -> ToolCall | None:
+    """The call with the result's id, else the next unanswered one of its name, else the next: some clients send
+    neither."""
+    same = [call for call in open_calls if result.tool_call_id and call.id == result.tool_call_id]
+    same = same or [call for call in open_calls if result.tool_name and call.name == result.tool_name] or open_calls
+    if not same:
+        return None
+    answered = same[0]
+    open_calls.remove(answered)
+    return answered
 
 
 def _as_object(arguments: str) -> Any:
     try:
-        return json.loads(arguments or "{}")
+        return json.loads(arguments)
     except ValueError:
         return arguments  # passed on as text: a template can show it, a 500 would help nobody
 
@@ -72,58 +106,47 @@ def template_tools(tools: list[Tool]) -> list[dict[str, Any]]:
     ]
 
 
-def merge_system(messages: list[Message]) -> list[Message]:
-    """One system message at the front, and no two turns in a row from the same speaker (tool results excepted)."""
-    system = [message.content for message in messages if message.role is Role.SYSTEM]
-    merged = [Message(role=Role.SYSTEM, content="\n\n".join(system))] if system else []
-    return merged + merge_turns([message for message in messages if message.role is not Role.SYSTEM])
-
-
-def merge_turns(messages: list[Message]) -> list[Message]:
-    """No two turns in a row from the same speaker, tool results and turns with calls excepted."""
-    runs: list[list[Message]] = []
-    for message in messages:
-        last = runs[-1][-1] if runs else None
-        plain = not message.tool_calls and message.role is not Role.TOOL
-        if last is not None and plain and last.role is message.role and not last.tool_calls:
-            runs[-1].append(message)
-        else:
-            runs.append([message])
-    return [_joined(run) if len(run) > 1 else run[0] for run in runs]
-
-
-def _joined(run: list[Message]) -> Message:
-    return Message(
-        role=run[0].role,
-        content="\n\n".join(message.content for message in run),
-        images=[image for message in run for image in message.images],
-        reasoning="".join(message.reasoning or "" for message in run) or None,
+def tools_as_text(tools: list[dict[str, Any]]) -> str:
+    """A description of the tools for models whose template has no place for them."""
+    lines = [json.dumps(tool["function"], ensure_ascii=False) for tool in tools]
+    return (
+        "You may call these tools, each described by a JSON object:\n" + "\n".join(lines) + "\n"
+        'To call one, answer with <tool_call>{"name": ..., "arguments": {...}}</tool_call>.'
     )
 
 
-def droppable(messages: list[Message]) -> list[tuple[int, int]]:
-    """Where the turns lie that may be left out, oldest first; neither a system turn nor the last turn is among them.
+def droppable(messages: list[Message]) -> list[list[int]]:
+    """The parts of a conversation that may be left out, oldest first, each as the numbers of its turns.
 
-    A call and its results go together: a result without its call is refused by templates.
+    First the exchanges, each from a turn of the user (or a greeting) to the next; then, of the last exchange, the calls
+    with their results. So neither the last turn of the user nor a system turn is left out, no result stands without its
+    call, and what is left begins with a user.
     """
-    last = len(messages) - 1
-    turns: list[tuple[int, int]] = []
-    at = 0
-    while at < last:
+    starts = [at for at in range(len(messages)) if _begins_exchange(messages, at)]
+    parts = [
+        [at for at in range(start, following) if messages[at].role is not Role.SYSTEM]
+        for start, following in pairwise(starts)
+    ]
+    at = starts[-1] + 1 if starts else len(messages)
+    while at < len(messages):
         end = at + 1
-        if messages[at].role is not Role.SYSTEM:
-            while end < last and messages[end].role is Role.TOOL:
-                end += 1
-            turns.append((at, end))
+        while end < len(messages) and messages[end].role is Role.TOOL:
+            end += 1
+        if messages[at].tool_calls and end < len(messages):
+            parts.append(list(range(at, end)))
         at = end
-    return turns
+    return parts
 
 
-def without(messages: list[Message], turns: list[tuple[int, int]]) -> list[Message]:
-    """The conversation without some of its turns."""
-    kept: list[Message] = []
-    at = 0
-    for begin, end in turns:
-        kept += messages[at:begin]
-        at = end
-    return kept + messages[at:]
+def _begins_exchange(messages: list[Message], at: int) -> bool:
+    """A turn of the user does, unless it goes on with another one; so does a greeting."""
+    before = next((m for m in reversed(messages[:at]) if m.role is not Role.SYSTEM), None)
+    if messages[at].role is Role.USER:
+        return before is None or before.role is not Role.USER
+    return before is None and messages[at].role is not Role.SYSTEM
+
+
+def without(messages: list[Message], parts: list[list[int]]) -> list[Message]:
+    """The conversation without some of its parts."""
+    left_out = {at for part in parts for at in part}
+    return [message for at, message in enumerate(messages) if at not in left_out]

@@ -7,17 +7,21 @@ can be counted where no weights are.
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from typing import Any, Final
 
 from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, UnsupportedCapability
-from mlx_router_shared.generation import GenerationRequest, Message
+from mlx_router_shared.generation import GenerationRequest, Message, Role
 from mlx_router_shared.infill import infill_format
-from mlx_router_worker.text.prompt import droppable, merge_system, template_messages, template_tools, without
+from mlx_router_worker.text.conversation import conversation_forms
+from mlx_router_worker.text.prompt import droppable, template_messages, template_tools, tools_as_text, without
+from mlx_router_worker.text.template_traits import CallStyle, TemplateTraits, probe_template, with_functions
 from mlx_router_worker.text.token_bytes import is_token
 
 __all__ = ["PromptRenderer", "is_chat"]
 
 
+_SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
 _COUNTED_TOKENS: Final = 500_000
 """Prompts that are longer than this and than eight contexts are not counted."""
 
@@ -28,6 +32,10 @@ def _too_long(tokens: int, limit: int) -> ContextLengthExceeded:
         tokens=tokens,
         limit=limit,
     )
+
+
+def _characters(messages: list[Message], numbers: list[int]) -> int:
+    return sum(len(messages[number].content) for number in numbers)
 
 
 def is_chat(request: GenerationRequest) -> bool:
@@ -57,8 +65,8 @@ class PromptRenderer:
             messages = self._without_hopeless(messages, limit)
         self._refuse_hopeless(request, messages, limit)
         tokens = self._tokens(request, messages)
-        if shortens and len(tokens) >= limit:
-            messages, tokens = self._shortened(request, messages, limit)
+        if shortens and len(tokens) > limit - self._room(request, limit) and droppable(messages):
+            messages, tokens = self._shortened(request, messages, limit, len(tokens))
         if len(tokens) >= limit:
             raise _too_long(len(tokens), limit)
         if not tokens:
@@ -81,30 +89,47 @@ class PromptRenderer:
 
     def _without_hopeless(self, messages: list[Message], limit: int) -> list[Message]:
         """Leave out the oldest turns that cannot fit with what follows them."""
-        turns = droppable(messages)
         kept = sum(len(message.content) for message in messages)
+        if self._least_tokens(kept) < limit:
+            return messages
+        parts = droppable(messages)
         dropped = 0
-        while dropped < len(turns) and self._least_tokens(kept) >= limit:
-            begin, end = turns[dropped]
-            kept -= sum(len(message.content) for message in messages[begin:end])
+        while dropped < len(parts) and self._least_tokens(kept) >= limit:
+            kept -= _characters(messages, parts[dropped])
             dropped += 1
-        return without(messages, turns[:dropped])
+        return without(messages, parts[:dropped])
 
     def _shortened(
-        self, request: GenerationRequest, messages: list[Message], limit: int
+        self, request: GenerationRequest, messages: list[Message], limit: int, needed: int
     ) -> tuple[list[Message], list[int]]:
-        """The longest end of the conversation that fits, or its last turn. Found by halving: each try is a rendering of
-        its own, and other requests wait for it."""
-        turns = droppable(messages)
-        low, high = 0, len(turns)
-        while low < high:
-            middle = (low + high) // 2
-            if len(self._tokens(request, without(messages, turns[:middle]))) < limit:
-                high = middle
-            else:
-                low = middle + 1
-        messages = without(messages, turns[:low])
-        return messages, self._tokens(request, messages)
+        """Leave out the oldest exchanges until there is room for an answer. ``needed`` is the number of tokens now.
+
+        Tokens are left out in portions of half the limit, counted from the beginning of the conversation. So the same
+        exchanges are left out in the turns that follow, and what was computed for the prompt's beginning can be used
+        again.
+        """
+        parts = droppable(messages)
+        characters = [_characters(messages, part) for part in parts]
+        per_token = max(sum(len(message.content) for message in messages), 1) / needed
+        portion = max(limit // 2, 1)
+        excess = needed - (limit - self._room(request, limit))
+        portions = max(-(-excess // portion), 1)
+        count, tokens = 0, list[int]()
+        while True:
+            wanted = portions * portion * per_token
+            while count < len(parts) and (count == 0 or sum(characters[:count]) < wanted):
+                count += 1
+            shorter = without(messages, parts[:count])
+            tokens = self._tokens(request, shorter)
+            if len(tokens) < limit or count == len(parts):
+                return shorter, tokens
+            portions += 1
+
+    @staticmethod
+    def _room(request: GenerationRequest, limit: int) -> int:
+        """Tokens that a shortened conversation leaves for the answer."""
+        room = limit // 8
+        return min(room, request.max_tokens) if request.max_tokens is not None else room
 
     def count(self, request: GenerationRequest) -> tuple[int, str]:
         """The number of tokens of the whole prompt, and its text; does not mind whether it fits, within reason."""
@@ -120,7 +145,10 @@ class PromptRenderer:
         if request.prompt is None:
             return prefix + self._checked(request.prompt_tokens, "prompt")
         if request.suffix is None:
-            return prefix + list(self._tokenizer.encode(request.prompt))
+            # A prompt that begins with the token that begins a text is not given a second one.
+            bos = self._tokenizer.bos_token
+            special = not (bos and request.prompt.startswith(bos))
+            return prefix + list(self._tokenizer.encode(request.prompt, add_special_tokens=special))
         known = infill_format(self._tokenizer.get_vocab())
         if known is None:
             raise UnsupportedCapability("this model has no tokens for filling in", param="suffix")
@@ -131,27 +159,63 @@ class PromptRenderer:
             raise InvalidRequest(f"the {param} holds a token id outside of this model's vocabulary", param=param)
         return list(tokens)
 
-    def _template_messages(self, messages: list[Message]) -> list[dict[str, Any]]:
-        return template_messages(messages)
+    @cached_property
+    def traits(self) -> TemplateTraits:
+        """What the chat template accepts; found out when it is first needed."""
+        if not self._tokenizer.has_chat_template:
+            return TemplateTraits()
+        return probe_template(
+            lambda messages, **arguments: str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **self._special_tokens, **arguments
+                )
+            )
+        )
+
+    @property
+    def _special_tokens(self) -> dict[str, str]:
+        """Templates add these to other text, which raises if the tokenizer does not have them."""
+        return {name: "" for name in _SPECIAL_TOKENS if getattr(self._tokenizer, name, None) is None}
+
+    def _template_messages(self, messages: list[Message], style: CallStyle) -> list[dict[str, Any]]:
+        return template_messages(messages, self.traits, style)
 
     def _chat(self, request: GenerationRequest, messages: list[Message], *, tokenize: bool) -> Any:
         if not self._tokenizer.has_chat_template:
             raise UnsupportedCapability("this model has no chat template; it can only complete text")
-        arguments: dict[str, Any] = json.loads(request.template_arguments or "{}")
-        arguments |= {"tokenize": tokenize, "tools": template_tools(request.tools) or None}
+        arguments: dict[str, Any] = self._special_tokens | json.loads(request.template_arguments or "{}")
+        arguments["tokenize"] = tokenize
         if request.continue_final:
             arguments["continue_final_message"] = True
         else:
             arguments["add_generation_prompt"] = True
         if request.thinking is not None:
-            arguments["enable_thinking"] = request.thinking
+            arguments[self.traits.thinking_switch or "enable_thinking"] = request.thinking
         if request.thinking_effort is not None:
-            arguments["reasoning_effort"] = request.thinking_effort
-        try:
-            return self._tokenizer.apply_chat_template(self._template_messages(messages), **arguments)
-        except Exception as first:  # templates raise whatever their authors chose
+            arguments[self.traits.effort or "reasoning_effort"] = request.thinking_effort
+        tools = template_tools(request.tools)
+        first: Exception | None = None
+        for form, style in conversation_forms(messages, self.traits):
             try:
-                merged = self._template_messages(merge_system(messages))
-                return self._tokenizer.apply_chat_template(merged, **arguments)
-            except Exception:
-                raise InvalidRequest(f"the model's chat template refuses these messages: {first}") from first
+                return self._apply_template(self._template_messages(form, style), tools, arguments)
+            except Exception as error:  # templates raise whatever their authors chose
+                first = first or error
+        if tools:
+            # The template cannot show these tools: they are described in a system turn.
+            described = [Message(role=Role.SYSTEM, content=tools_as_text(tools)), *messages]
+            for form, style in conversation_forms(described, self.traits):
+                try:
+                    return self._apply_template(self._template_messages(form, style), [], arguments)
+                except Exception:  # noqa: S112  # the first error is the one that is reported
+                    continue
+        raise InvalidRequest(f"the model's chat template refuses these messages: {first}") from first
+
+    def _apply_template(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], arguments: dict[str, Any]
+    ) -> Any:
+        more: dict[str, Any] = {"tools": tools if tools or self.traits.empty_tools else None}
+        if self.traits.functions == "argument":
+            more |= {"functions": json.dumps(tools), "datetime": ""}
+        elif self.traits.functions == "role":
+            messages = with_functions(messages, json.dumps(tools))
+        return self._tokenizer.apply_chat_template(messages, **arguments, **more)
