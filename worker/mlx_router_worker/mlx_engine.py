@@ -249,6 +249,7 @@ class MlxEngine(MlxBase):
             parse_tool=parse_tool if self._tokenizer.has_tool_calling or request.forced_tools else None,
             tool_markers=(self._tokenizer.tool_call_start or "", self._tokenizer.tool_call_end or ""),
             make_id=lambda: "call_" + secrets.token_hex(12),
+            json_calls=self._calls_are_json,
             incremental=request.incremental_tools and (self._calls_are_json or bool(request.forced_tools)),
             forced=bool(request.forced_tools),
             max_calls=request.max_tool_calls,

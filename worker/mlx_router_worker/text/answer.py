@@ -21,7 +21,7 @@ from mlx_router_shared.generation import (
     ToolCallDone,
     ToolCallStarted,
 )
-from mlx_router_worker.text.partial_call import PartialCall
+from mlx_router_worker.text.json_calls import JsonCallReader, ReadCall, read_json
 from mlx_router_worker.text.stop_strings import StopStrings
 
 __all__ = ["AnswerBuilder", "ToolParser"]
@@ -40,26 +40,35 @@ class AnswerBuilder:
         parse_tool: ToolParser | None = None,
         tool_markers: tuple[str, str] = ("", ""),
         make_id: Callable[[], str] = lambda: "",
+        json_calls: bool = False,
         incremental: bool = False,
         forced: bool = False,
         max_calls: int | None = None,
     ) -> None:
         """``parse_tool`` is None when no tools were offered: what looks like a call is text then.
 
-        ``incremental`` tells calls written in JSON while they are written. ``forced``: everything but thinking is one
-        call in JSON, with or without markers. ``max_calls``: the answer is ``complete`` after so many.
+        ``json_calls``: the model writes its calls in JSON. ``incremental`` tells such calls while they are written.
+        ``forced``: everything but thinking is one call in JSON, with or without markers. ``max_calls``: the answer is
+        ``complete`` after so many.
         """
         self._stops = StopStrings(stops)
         self._parse_tool = parse_tool
         self._markers = tool_markers
         self._make_id = make_id
+        self._json_calls = json_calls or incremental or forced
         self._incremental = incremental
         self._forced = forced
         self._max_calls = max_calls
         self._call = ""
-        self._partial = PartialCall()
-        self._partial_id = ""
+        self._reader = JsonCallReader()
+        self._call_id = ""
         self._calls = 0
+        self._read = 0
+        """Calls of the block that is being written."""
+        self._reopened = False
+        """What looked like the end of a call was inside one of its strings."""
+        self._skipping = self._skipped = ""
+        """The end marker that is still to come, and the text that may be the beginning of it."""
         self._space = ""
         """White space not shown yet: it is dropped at the edges of reasoning and of calls."""
         self._kind = "normal"
@@ -94,6 +103,15 @@ class AnswerBuilder:
                 if self._kind != "tool" and not text.strip():
                     continue
                 kind = "tool"
+            elif self._kind == "tool" and kind == "normal" and self._is_inside_string():
+                # The model wrote the end marker as part of an argument.
+                if not self._reopened:
+                    self._reopened = True
+                    text = self._markers[1] + text
+                kind = "tool"
+            if self._skipping and kind == "normal":
+                self._skip_marker(text, events)
+                continue
             if kind != self._kind:
                 self._change(kind, events)
             if kind == "tool":
@@ -104,6 +122,9 @@ class AnswerBuilder:
                 self._say(text, events)
         return events
 
+    def _is_inside_string(self) -> bool:
+        return self._json_calls and self._parse_tool is not None and (self._reopened or self._reader.in_string)
+
     def finish(self, *, cut: bool) -> list[Event]:
         """The end of the answer; ``cut`` when a token limit ended it, so that an open call is not whole."""
         events: list[Event] = []
@@ -112,6 +133,8 @@ class AnswerBuilder:
         if self._kind == "tool":
             # Some families never close their last call: the end of the turn closes it.
             self._end_call(events, closed=not cut, at_end=True)
+        if self._skipped:
+            self._say(self._skipped, events)
         if rest := self._stops.flush():
             self._emit_text(rest, events)
         if self._space and not self._calls and self._kind == "normal":
@@ -168,21 +191,75 @@ class AnswerBuilder:
 
     def _write_call(self, text: str, events: list[Event]) -> None:
         self._call += text
-        if not self._incremental or self._parse_tool is None:
+        if not self._json_calls or self._parse_tool is None:
             return
-        before = self._partial.name
-        more = self._partial.feed(text)
-        if self._partial.name is not None and before is None:
-            self._partial_id = self._make_id()
-            events.append(ToolCallStarted(index=self._calls, id=self._partial_id, name=self._partial.name))
-        if more:
-            events.append(ToolCallArguments(index=self._calls, text=more))
+        while text and not self.failed:
+            calls, text = self._reader.feed(text)
+            for call in calls:
+                self._note_call(call, events)
+            if self._reopened and self._reader.is_balanced:
+                # The call whose argument held an end marker is whole now; its own end marker is still to come.
+                self._end_call(events, closed=True, at_end=False)
+                self._skipping = self._markers[1]
+                self._kind = "normal"
+                self._skip_marker(text, events)
+                return
+            if text:
+                self._reader = JsonCallReader()
+
+    def _note_call(self, call: ReadCall, events: list[Event]) -> None:
+        if call.begins:
+            self._call_id = self._make_id()
+            if self._incremental:
+                events.append(ToolCallStarted(index=self._calls, id=self._call_id, name=call.name))
+        if self._incremental and call.more:
+            events.append(ToolCallArguments(index=self._calls, text=call.more))
+        if call.done:
+            self._finish_call(call, events)
+
+    def _finish_call(self, call: ReadCall, events: list[Event]) -> None:
+        """A call whose last bracket has been written."""
+        try:
+            whole = isinstance(json.loads(call.arguments), dict)
+        except ValueError:
+            whole = False
+        if whole:
+            done = ToolCallDone(index=self._calls, id=self._call_id, name=call.name, arguments=call.arguments)
+            events.append(done)
+            self._calls += 1
+            self._read += 1
+        elif self._incremental:
+            self._fail(events)
+
+    def _skip_marker(self, text: str, events: list[Event]) -> None:
+        """Take text of which the end marker of a call is the beginning."""
+        self._skipped += text
+        bare = self._skipped.lstrip()
+        if bare.startswith(self._skipping):
+            rest = bare[len(self._skipping) :]
+        elif self._skipping.startswith(bare):
+            return  # it may still become the marker
+        else:
+            rest = self._skipped
+        self._skipping = self._skipped = ""
+        if rest:
+            self._say(rest, events)
 
     def _end_call(self, events: list[Event], *, closed: bool, at_end: bool) -> None:
         text, self._call = self._call, ""
-        partial, self._partial = self._partial, PartialCall()
-        if partial.name is not None:
-            self._end_partial(partial, events, closed=closed)
+        reader, self._reader = self._reader, JsonCallReader()
+        read, self._read = self._read, 0
+        self._reopened = False
+        if reader.begun and self._incremental:
+            # A call that was told while it was written cannot become text any more.
+            self._space = ""
+            self._at_edge = True
+            if closed:  # else a limit has cut it, which is told as the reason of the end
+                self._fail(events)
+            return
+        if read:
+            self._space = ""
+            self._at_edge = True
             return
         calls = self._read_calls(text) if closed else None
         if calls is None:
@@ -192,53 +269,48 @@ class AnswerBuilder:
             events.append(TextDelta(text=self._space + raw))
             self._space = ""
             return
-        for name, arguments in calls:
-            events.append(ToolCallDone(index=self._calls, id=self._make_id(), name=name, arguments=arguments))
+        for name, arguments, call_id in calls:
+            events.append(
+                ToolCallDone(index=self._calls, id=call_id or self._make_id(), name=name, arguments=arguments)
+            )
             self._calls += 1
         self._space = ""
         self._at_edge = True
 
-    def _end_partial(self, partial: PartialCall, events: list[Event], *, closed: bool) -> None:
-        """A call that was told while it was written cannot become text any more."""
-        self._space = ""
-        self._at_edge = True
-        assert partial.name is not None
-        if not closed:
-            return  # cut by a limit, which is told as the reason of the end
-        try:
-            whole = partial.complete and isinstance(json.loads(partial.arguments), dict)
-        except ValueError:
-            whole = False
-        if not whole:
-            self.failed = True
-            events.append(
-                Failure(
-                    code=ErrorCode.ENGINE_FAILED, message="the model wrote a tool call whose arguments are not JSON"
-                )
-            )
-            return
-        arguments = partial.arguments
-        events.append(ToolCallDone(index=self._calls, id=self._partial_id, name=partial.name, arguments=arguments))
-        self._calls += 1
+    def _fail(self, events: list[Event]) -> None:
+        self.failed = True
+        events.append(
+            Failure(code=ErrorCode.ENGINE_FAILED, message="the model wrote a tool call whose arguments are not JSON")
+        )
 
-    def _read_calls(self, text: str) -> list[tuple[str, str]] | None:
+    def _read_calls(self, text: str) -> list[tuple[str, str, str]] | None:
+        """Name, arguments and the model's own id of each call; None if this is no call."""
         if self._parse_tool is None:
             return None
-        try:
-            parsed = json.loads(text) if self._forced else self._parse_tool(text)
-        except Exception:  # the parsers are many and raise what they like; all of it means: not a call
-            return None
-        calls = []
-        for call in parsed if isinstance(parsed, list) else [parsed]:
-            if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-                return None
-            arguments = call.get("arguments") or {}
-            if isinstance(arguments, str):
-                try:
-                    arguments = json.loads(arguments)
-                except ValueError:
-                    return None
-            if not isinstance(arguments, dict):
-                return None
-            calls.append((call["name"], json.dumps(arguments, ensure_ascii=False)))
-        return calls or None
+        parsers = [read_json] if self._forced else [self._parse_tool, *([read_json] if self._json_calls else [])]
+        for parse in parsers:
+            try:
+                return _as_calls(parse(text))
+            except Exception:  # noqa: S112  # the parsers are many and raise what they like: this is no call for it
+                continue
+        return None
+
+
+def _as_calls(parsed: Any) -> list[tuple[str, str, str]]:
+    """Raises ``ValueError`` for what is no call."""
+    calls = []
+    for call in parsed if isinstance(parsed, list) else [parsed]:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            raise ValueError("no name")
+        arguments = call.get("arguments", call.get("parameters")) or {}
+        if isinstance(arguments, str):
+            arguments = read_json(arguments)
+        if not isinstance(arguments, dict):
+            raise ValueError("the arguments are no object")
+        call_id = call.get("id")
+        calls.append(
+            (call["name"], json.dumps(arguments, ensure_ascii=False), call_id if isinstance(call_id, str) else "")
+        )
+    if not calls:
+        raise ValueError("no call")
+    return calls

@@ -1,0 +1,177 @@
+"""Tool calls in JSON as models write them, read in one way whether they are streamed or not.
+
+Models put raw line breaks and tabs into strings, escape what needs no escape (``\\d``, ``C:\\dir``), close one brace
+too many, leave a comma behind the last item and write Python's ``True``. The text is repaired character by character
+while it arrives, so that a client that gets a call in pieces gets the same JSON as one that gets it whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final, NamedTuple
+
+__all__ = ["JsonCallReader", "ReadCall", "read_json"]
+
+_HEAD: Final = re.compile(
+    r'[\s,;\[\]}]*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+_SHORT_ESCAPES: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\b": "\\b", "\f": "\\f"}
+_WORDS: Final = {"True": "true", "False": "false", "None": "null"}
+
+
+class _Repair:
+    """Turns what is nearly JSON into JSON, a character at a time."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.in_string = False
+        self._escaped = False
+        self._unicode: str | None = None
+        """The hexadecimal digits of an escape that is being written."""
+        self._word = ""
+        self._comma = ""
+        """A comma and the white space behind it, held back until something else than a closing bracket follows."""
+
+    def take(self, character: str) -> str:
+        """The text that one more character adds; empty while it is not decided."""
+        if self._unicode is not None:
+            return self._take_unicode(character)
+        if self._escaped:
+            self._escaped = False
+            if character == "u":
+                self._unicode = ""
+                return ""
+            return f"\\{character}" if character in '"\\/bfnrt' else "\\\\" + self._in_string(character)
+        if self.in_string:
+            return self._in_string(character)
+        return self._outside(character)
+
+    def _take_unicode(self, character: str) -> str:
+        assert self._unicode is not None
+        if character in "0123456789abcdefABCDEF":
+            self._unicode += character
+            if len(self._unicode) < 4:
+                return ""
+            text, self._unicode = f"\\u{self._unicode}", None
+            return text
+        text, self._unicode = f"\\\\u{self._unicode}", None  # it was no escape
+        return text + self._in_string(character)
+
+    def _in_string(self, character: str) -> str:
+        if character == "\\":
+            self._escaped = True
+            return ""
+        if character == '"':
+            self.in_string = False
+        if character < " ":
+            return _SHORT_ESCAPES.get(character, f"\\u{ord(character):04x}")
+        return character
+
+    def _outside(self, character: str) -> str:
+        if character.isalpha():
+            self._word += character
+            return ""
+        word, self._word = _WORDS.get(self._word, self._word), ""
+        if self._comma and not word and character.isspace():
+            self._comma += character
+            return ""
+        comma, self._comma = self._comma, ""
+        if character == ",":
+            self._comma = ","
+            return comma + word
+        if character == '"':
+            self.in_string = True
+        elif character in "{[":
+            self.depth += 1
+        elif character in "}]":
+            self.depth = max(self.depth - 1, 0)  # one too many closes nothing
+            comma = "" if not word else comma
+        return comma + word + character
+
+
+class ReadCall(NamedTuple):
+    """A call, or a piece of one; ``done`` with its last piece."""
+
+    name: str
+    begins: bool
+    more: str
+    """What is added to the text of the arguments."""
+    done: bool
+    arguments: str
+    """All of the arguments so far; a JSON object once ``done``."""
+
+
+class JsonCallReader:
+    """Reads ``{"name": …, "arguments": {…}}``, one or several. A call of any other shape is not begun."""
+
+    def __init__(self) -> None:
+        self._repair = _Repair()
+        self._text = ""
+        """Repaired, from the beginning of the call that is awaited or being read."""
+        self._name: str | None = None
+        self._outer = 0
+        self._fresh = False
+
+    @property
+    def begun(self) -> bool:
+        """A call has been begun and is not complete."""
+        return self._name is not None
+
+    @property
+    def in_string(self) -> bool:
+        """The text ends inside a string: what looks like the end of a call is part of it."""
+        return self._repair.in_string
+
+    @property
+    def is_balanced(self) -> bool:
+        """Every bracket has been closed."""
+        return self._repair.depth == 0
+
+    def feed(self, text: str) -> tuple[list[ReadCall], str]:
+        """Take a piece. Returns the calls or pieces of calls in it, and what follows the last closing bracket."""
+        calls: list[ReadCall] = []
+        pending = ""
+        for at, character in enumerate(text):
+            was_open = self._repair.depth > 0
+            added = self._repair.take(character)
+            self._text += added
+            if self._name is None:
+                self._name = _name_of(self._text) if added.endswith("{") else None
+                if self._name is not None:
+                    self._outer = self._repair.depth - 1
+                    self._fresh = True
+                    self._text = pending = "{"
+            else:
+                pending += added
+                if self._repair.depth == self._outer and not self._repair.in_string:
+                    calls.append(self._piece(pending, done=True))
+                    pending, self._name, self._text = "", None, ""
+            if was_open and self._repair.depth == 0:
+                return calls, text[at + 1 :]
+        if self._name is not None and pending:
+            calls.append(self._piece(pending, done=False))
+        return calls, ""
+
+    def _piece(self, more: str, *, done: bool) -> ReadCall:
+        assert self._name is not None
+        fresh, self._fresh = self._fresh, False
+        return ReadCall(self._name, fresh, more, done, self._text)
+
+
+def _name_of(text: str) -> str | None:
+    """The name in the beginning of a call up to the bracket that opens its arguments; None if it is no such text."""
+    match = _HEAD.match(text)
+    return str(json.loads(match[1])) if match is not None and match.end() == len(text) - 1 else None
+
+
+def read_json(text: str) -> Any:
+    """The JSON value that a text begins with, repaired; raises ``ValueError``. What follows it is left out, and
+    brackets that are still open at the end are not closed."""
+    repair = _Repair()
+    out = ""
+    for character in text.strip():
+        out += repair.take(character)
+        if repair.depth == 0 and not repair.in_string and out and out[-1] in "}]":
+            break
+    return json.loads(out)
