@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import ipaddress
+import re
 import secrets
 import socket
 from typing import Final
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_router_server.api.errors import error_response
 from mlx_router_server.telemetry.logs import CURRENT_REQUEST
-from mlx_router_shared.errors import Forbidden
+from mlx_router_shared.errors import Forbidden, InvalidRequest
 
 __all__ = ["Edge", "is_loopback"]
 
@@ -26,12 +27,15 @@ _LOCAL_ORIGINS: Final = (
     *(
         f"{scheme}://{host}{port}"
         for scheme in ("http", "https")
-        for host in ("localhost", "127.0.0.1", "0.0.0.0")  # noqa: S104  # compared, not bound
+        for host in ("localhost", "127.0.0.1", "0.0.0.0", "[::1]")  # noqa: S104  # compared, not bound
         for port in ("", ":*")
     ),
     *("app://*", "file://*", "tauri://*", "vscode-webview://*", "vscode-file://*"),
 )
-_LOCAL_SUFFIXES: Final = (".localhost", ".local", ".internal")
+_HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/?#@\s]*)(?::([0-9]{0,5}))?", re.ASCII)
+_SLASHES: Final = re.compile("//+")
+_OWN_NAMES: Final = ("", "localhost", "host.docker.internal", "gateway.docker.internal", "host.containers.internal")
+"""Names by which programs and their containers call their own machine."""
 _STAINLESS: Final = [
     "arch",
     "async",
@@ -70,11 +74,17 @@ class Edge:
         origin = headers.get("origin")
         host = headers.get("host", "")
         request_id = "req_" + secrets.token_hex(12)
+        scope["path"] = _plain_path(scope["path"])
         settings = scope["app"].state.server.settings
         # One id under the names by which the SDKs of OpenAI and of Anthropic look for it.
         extra = {"x-request-id": request_id, "request-id": request_id}
         scope.setdefault("state", {})["request_id"] = request_id
         CURRENT_REQUEST.set(request_id)
+        if problem := _host_problem(scope, headers):
+            response = error_response(scope, InvalidRequest(problem))
+            response.headers.update(extra)
+            await response(scope, receive, send)
+            return
         if self._loopback and not _is_local_host(host) and not _is_listed(host, settings.allowed_hosts):
             await _refuse(scope, receive, send, extra, f"the Host header {host[:100]!r} is no name of this machine; "
                           "the setting allowed_hosts allows more")  # fmt: skip
@@ -106,6 +116,12 @@ class Edge:
         await self._app(scope, receive, send_with_headers)
 
 
+def _plain_path(path: str) -> str:
+    """Without redundant slashes, which appear where a base address and a path are put together."""
+    plain = _SLASHES.sub("/", path)
+    return plain.rstrip("/") or "/" if not plain.startswith("/ui") else plain
+
+
 def _allows(origin: str, allowed: tuple[str, ...]) -> bool:
     return "*" in allowed or any(_matches(origin, pattern) for pattern in allowed + _LOCAL_ORIGINS)
 
@@ -114,7 +130,7 @@ def _matches(origin: str, pattern: str) -> bool:
     """One ``*`` per pattern; in place of a port it stands for digits only."""
     if pattern.endswith(":*"):
         head, _, port = origin.rpartition(":")
-        return head == pattern[:-2] and port.isdigit()
+        return head == pattern[:-2] and port.isascii() and port.isdigit()
     return fnmatch.fnmatchcase(origin, pattern.replace("[", "[[]"))
 
 
@@ -127,14 +143,29 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _host_problem(scope: Scope, headers: Headers) -> str:
+    """What is wrong with the Host header by RFC 9112, section 3.2; empty if it is as it has to be."""
+    hosts = headers.getlist("host")
+    if len(hosts) > 1:
+        return "the request has more than one Host header"
+    if not hosts and scope.get("http_version") not in ("1.0", "0.9"):
+        return "the request has no Host header"
+    if hosts and _HOST.fullmatch(hosts[0]) is None:
+        return "the Host header is neither a name nor an address"
+    return ""
+
+
+def _host_name(host: str) -> str:
+    """Without the port and the brackets of an IPv6 address."""
+    match = _HOST.fullmatch(host)
+    return match[1].strip("[]").lower().rstrip(".") if match is not None else host
+
+
 def _is_local_host(host: str) -> bool:
-    name = host
-    if host.startswith("["):
-        name = host[1:].partition("]")[0]
-    elif host.count(":") == 1:
-        name = host.partition(":")[0]
-    name = name.lower().rstrip(".")
-    if name in ("", "localhost", socket.gethostname().lower()) or name.endswith(_LOCAL_SUFFIXES):
+    """Whether a Host header names this machine, or an address of its networks: only names can be rebound."""
+    name = _host_name(host)
+    own = socket.gethostname().lower()
+    if name in (*_OWN_NAMES, own, f"{own.partition('.')[0]}.local") or name.endswith(".localhost"):
         return True
     try:
         address = ipaddress.ip_address(name)
@@ -144,8 +175,8 @@ def _is_local_host(host: str) -> bool:
 
 
 def _is_listed(host: str, allowed: tuple[str, ...]) -> bool:
-    name = host.rpartition(":")[0] or host if host.rpartition(":")[2].isdigit() else host
-    return any(fnmatch.fnmatchcase(name.lower(), pattern.lower().replace("[", "[[]")) for pattern in allowed)
+    name = _host_name(host)
+    return any(fnmatch.fnmatchcase(name, pattern.lower().strip("[]").replace("[", "[[]")) for pattern in allowed)
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, headers: dict[str, str], text: str) -> None:

@@ -23,6 +23,7 @@ from mlx_router_server.api.errors import error_response
 from mlx_router_server.api.server import caller_of, server_of
 from mlx_router_server.catalogue.names import ModelName, parse_name
 from mlx_router_server.catalogue.overlay import Overlay, Turn
+from mlx_router_server.dialects.body import ndjson_line
 from mlx_router_server.dialects.fields import shown_in_header
 from mlx_router_server.dialects.ollama_management import (
     parse_copy,
@@ -107,7 +108,7 @@ class Progress:
 
 
 def _part(line: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": msgspec.json.encode(line) + b"\n", "more_body": True}
+    return {"type": "http.response.body", "body": ndjson_line(line), "more_body": True}
 
 
 def _names(request: Request, name: ModelName) -> tuple[str, ...]:

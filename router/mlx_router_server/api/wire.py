@@ -12,9 +12,10 @@ import logging
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 __all__ = ["WireLimits", "guarded_protocol"]
 
@@ -35,6 +36,21 @@ class WireLimits:
     """How long what was sent may lie here before any of it is taken."""
 
 
+class _UnchunkedCycle(RequestResponseCycle):
+    """Answers an HTTP/1.0 request, which knows no chunks: a body without a length ends with the connection."""
+
+    _has_length = True
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start" and not self.response_started:
+            self._has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", []))
+            if not self._has_length:
+                self.chunked_encoding = False
+        elif not self._has_length:
+            self.expected_content_length = len(message.get("body", b""))  # however long it is, it is right
+        await super().send(message)
+
+
 def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> type[HttpToolsProtocol]:
     """The protocol class for uvicorn; ``limits`` is asked at each request, since settings are read again.
 
@@ -48,6 +64,7 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
         _unread: asyncio.TimerHandle | None = None
         _header_bytes = 0
         _in_headers = True
+        _declining = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn does
             super().connection_made(transport)
@@ -75,19 +92,63 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
         def data_received(self, data: bytes) -> None:
             if self._in_headers:
                 self._header_bytes += len(data)
-            super().data_received(data)
+            self._feed(data)
             # What came with the headers may be the body: only headers that are still not complete are too long.
             limit = limits().header_bytes
             if self._in_headers and limit and self._header_bytes > limit:
                 self._refuse(431, "Request Header Fields Too Large", "the headers are longer than max_header_bytes")
 
+        def _feed(self, data: bytes) -> None:
+            """As uvicorn's ``data_received``, but an offer to change the protocol is declined instead of ending the
+            parsing: Java's client offers h2c with every request, and its body follows."""
+            self._unset_keepalive_if_required()
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._decline_upgrade(data[upgrade.args[0] :])
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+
+        def _decline_upgrade(self, rest: bytes) -> None:
+            """Parse what follows the headers as their body, with a parser that is told the same framing."""
+            if self.transport.is_closing():
+                return
+            framing = [
+                b"%s: %s\r\n" % (name, value)
+                for name, value in self.headers
+                if name in (b"content-length", b"transfer-encoding")
+            ]
+            self.parser = httptools.HttpRequestParser(self)
+            self._declining = True
+            try:
+                self.parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(framing) + b"\r\n")
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+                return
+            finally:
+                self._declining = False
+            if rest:
+                self._feed(rest)
+
+        def on_url(self, url: bytes) -> None:
+            if not self._declining:
+                super().on_url(url)
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if not self._declining:
+                super().on_header(name, value)
+
         def on_message_begin(self) -> None:
+            if self._declining:
+                return
             super().on_message_begin()
             self._in_headers = True
             if self._timer is None:
                 self._expect_headers()
 
         def on_headers_complete(self) -> None:
+            if self._declining:
+                return
             self._in_headers = False
             self._stop_timer()
             limit = limits().header_bytes
@@ -97,13 +158,17 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
                 self._refuse(431, "Request Header Fields Too Large", "the headers are longer than max_header_bytes")
                 return
             super().on_headers_complete()
+            if self.scope["http_version"] == "1.0":
+                # The task that answers has been made and has not run yet.
+                self.cycle.__class__ = _UnchunkedCycle
 
         def on_body(self, body: bytes) -> None:
             if not self.transport.is_closing():
                 super().on_body(body)
 
         def on_message_complete(self) -> None:
-            if not self.transport.is_closing():
+            offers_upgrade = not self._declining and self.parser.should_upgrade()
+            if not self.transport.is_closing() and not offers_upgrade:
                 super().on_message_complete()
 
         # ----------------------------------------------------------------- own

@@ -37,6 +37,7 @@ __all__ = ["start"]
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_KEEP_ALIVE_SECONDS = 120  # idle connections: clients reuse them after a while, and some fail when they are closed
 _STATUS_SECONDS = 10.0
 _ASKING_SECONDS = 3.0
 
@@ -81,6 +82,8 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
         server_header=False,
         proxy_headers=False,
         http=guarded_protocol(settings.max_connections, lambda: _limits(app)),
+        ws="none",
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.drain_timeout_seconds) or None,
     )
     received: list[int] = []

@@ -14,7 +14,7 @@ import msgspec
 
 from mlx_router_shared.errors import InvalidRequest
 
-__all__ = ["Int64", "convert", "read_object", "structs_inside", "without_nulls"]
+__all__ = ["Int64", "convert", "ndjson_line", "read_object", "structs_inside", "without_nulls"]
 
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """A whole number that fits the wire; JSON knows no limits."""
@@ -24,6 +24,7 @@ _SURROGATES: Final = re.compile(
     rb"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # a pair
     rb"|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"  # half of one
 )
+_LINE_ENDS: Final = tuple((chr(code).encode(), b"\\u%04x" % code) for code in (0x85, 0x2028, 0x2029))
 _PATH: Final = re.compile(r" - at `\$\.?(.*?)`$")
 _Body = TypeVar("_Body")
 
@@ -54,6 +55,15 @@ def _decode(body: bytes) -> Any:
         if repaired == body:
             raise
         return msgspec.json.decode(repaired)
+
+
+def ndjson_line(value: Any) -> bytes:
+    """A line of NDJSON. As in Go's encoder, the characters at which Python's ``str.splitlines`` splits are escaped."""
+    line = msgspec.json.encode(value)
+    for raw, escaped in _LINE_ENDS:
+        if raw in line:
+            line = line.replace(raw, escaped)
+    return line + b"\n"
 
 
 def without_nulls(data: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,7 @@ import math
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
-import msgspec
-
+from mlx_router_server.dialects.body import ndjson_line
 from mlx_router_server.dialects.call import Moment, Transcript
 from mlx_router_server.dialects.vectors import as_json
 from mlx_router_shared.errors import MlxRouterError
@@ -172,7 +171,7 @@ class OllamaStream:
 
     @staticmethod
     def _line(answer: dict[str, Any]) -> bytes:
-        return msgspec.json.encode(answer) + b"\n"
+        return ndjson_line(answer)
 
 
 def _object(
