@@ -68,6 +68,9 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
         models = Models(catalogue, store, supervisor.happenings) if store is not None else None
         app.state.server = server = Server(settings, catalogue, supervisor, keys, models, logs=lines.ring)
         supervisor.happenings.observers += [server.metrics.observe, _letting_go(lines)]
+        supervisor.on_facts = lambda plan, facts: catalogue.note_facts(
+            plan.spec.name, has_tools=facts.has_tools, has_thinking=facts.has_thinking
+        )
         _apply(server, settings)
         await catalogue.start()
         await supervisor.start()

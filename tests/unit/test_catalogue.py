@@ -369,3 +369,21 @@ def test_every_shipped_short_name_is_a_name_and_stands_for_a_repository() -> Non
         assert parse_name(short).host == DEFAULT_HOST
         assert repository.startswith("mlx-community/")
         assert parse_name(repository).namespace == "mlx-community"
+
+
+def test_what_a_worker_finds_out_is_listed_from_then_on() -> None:
+    async def look() -> None:
+        catalogue = Catalogue(Sources())
+        await catalogue.refresh()
+        assert Capability.TOOLS in catalogue.resolve("demo").files.capabilities
+        before = catalogue.generation
+        catalogue.note_facts("demo:latest", has_tools=False, has_thinking=True)
+        assert catalogue.generation > before
+        await catalogue.reconfigure(Sources(), "")
+        assert catalogue.resolve("demo").files.capabilities == {Capability.COMPLETION, Capability.THINKING}
+        assert catalogue.entries()[0].files.capabilities == {Capability.COMPLETION, Capability.THINKING}
+        known = catalogue.generation
+        catalogue.note_facts("demo:latest", has_tools=False, has_thinking=True)
+        assert catalogue.generation == known, "nothing new"
+
+    asyncio.run(look())

@@ -21,6 +21,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, make_text_state_machine
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_router_shared.capabilities import chat_capabilities
 from mlx_router_shared.errors import ErrorCode, InvalidRequest, LoadFailed, MlxRouterError, UnsupportedCapability
 from mlx_router_shared.generation import (
     ContextTokens,
@@ -115,10 +116,11 @@ class MlxEngine(MlxBase):
         mx.random.seed(int.from_bytes(os.urandom(8)))
         self._generator = self._new_generator(load.parallel)
         self._apply_wired_limit()  # the generator has just set it to all there is
+        can = chat_capabilities(self._tokenizer.chat_template, self._tokenizer.get_vocab(), {})
         return ModelFacts(
             context_tokens=self._context_tokens,
             has_chat_template=bool(self._tokenizer.has_chat_template),
-            has_thinking=bool(self._tokenizer.has_thinking),
+            has_thinking=bool(self._tokenizer.has_thinking and can.thinking),
             has_tools=bool(self._tokenizer.has_tool_calling),
             weights_bytes=self._weights_bytes,
             memory_bytes=mx.get_active_memory(),

@@ -21,7 +21,6 @@ from typing import Any, Final, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.utils import load_tokenizer
 from mlx_vlm.generate import BatchGenerator
 from mlx_vlm.utils import load, prepare_inputs, should_add_special_tokens
 from PIL import Image
@@ -30,7 +29,7 @@ from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, Unsu
 from mlx_router_shared.generation import GenerationRequest, Message
 from mlx_router_shared.protocol import Load
 from mlx_router_worker.engine import Report
-from mlx_router_worker.mlx_base import refuse_additions
+from mlx_router_worker.mlx_base import load_model_tokenizer, refuse_additions
 from mlx_router_worker.mlx_engine import PREFILL_TOKENS, MlxEngine, Prompt
 from mlx_router_worker.text.renderer import PromptRenderer, is_chat
 from mlx_router_worker.text.template_traits import CallStyle
@@ -117,7 +116,7 @@ class VisionEngine(MlxEngine):
         self._model, self._processor = load(order.path, lazy=True, **trust)
         config: dict[str, Any] = json.loads((Path(order.path) / "config.json").read_text(encoding="utf-8"))
         ends = self._processor.tokenizer.stopping_criteria.eos_token_ids
-        self._tokenizer = load_tokenizer(Path(order.path), trust, eos_token_ids=list(ends))
+        self._tokenizer = load_model_tokenizer(Path(order.path), list(ends))
         self._weights_bytes = self._evaluate(report, yields=order.yields)
         self._weights_seconds = time.perf_counter() - started
         self._note_config(order, config)

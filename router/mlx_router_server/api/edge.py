@@ -34,6 +34,8 @@ _LOCAL_ORIGINS: Final = (
 )
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/?#@\s]*)(?::([0-9]{0,5}))?", re.ASCII)
 _SLASHES: Final = re.compile("//+")
+_NAMED: Final = ("/admin/models/", "/v1/models/", "/v1/responses/", "/api/blobs/")
+"""Paths that end with a name."""
 _OWN_NAMES: Final = ("", "localhost", "host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 """Names by which programs and their containers call their own machine."""
 _STAINLESS: Final = [
@@ -117,9 +119,14 @@ class Edge:
 
 
 def _plain_path(path: str) -> str:
-    """Without redundant slashes, which appear where a base address and a path are put together."""
+    """Without redundant slashes, which appear where a base address and a path are put together. A name of a model in
+    the path stays as it is."""
     plain = _SLASHES.sub("/", path)
-    return plain.rstrip("/") or "/" if not plain.startswith("/ui") else plain
+    if plain.startswith("/ui"):
+        return plain
+    if any(plain.startswith(prefix) and plain != prefix for prefix in _NAMED):
+        return "/" + path.lstrip("/")
+    return plain.rstrip("/") or "/"
 
 
 def _allows(origin: str, allowed: tuple[str, ...]) -> bool:

@@ -73,7 +73,9 @@ def error_response(scope: Scope, error: MlxRouterError) -> Response:
     """The whole answer that tells of an error."""
     error = for_the_public(error)
     wait = retry_after(error)
-    headers = {"retry-after": str(wait)} if wait is not None else None
+    headers = {"retry-after": str(wait)} if wait is not None else {}
+    if isinstance(error, BodyTooLarge | BodyTooSlow):
+        headers["connection"] = "close"  # the rest of the body is not read
     status = next((status for kind, status in _BODY_STATUSES.items() if isinstance(error, kind)), status_of(error))
     if is_anthropic(scope):
         status = anthropic_answers.status_of_error(error, status)

@@ -14,7 +14,7 @@ from typing import Final
 
 from mlx_router_server.catalogue.aliases import repository_of
 from mlx_router_server.catalogue.entry import ModelEntry
-from mlx_router_server.catalogue.index import DEMO_FOLDER, Index, IndexBuilder, Registered, Sources, Unservable
+from mlx_router_server.catalogue.index import DEMO_FOLDER, Facts, Index, IndexBuilder, Registered, Sources, Unservable
 from mlx_router_server.catalogue.names import ModelName, parse_name
 from mlx_router_server.catalogue.store import Store
 from mlx_router_shared.errors import InvalidRequest, ModelNotFound, Overloaded
@@ -124,6 +124,15 @@ class Catalogue:
             parse_name(said.name).key: said.repo for said in self._builder.sources.registered if said.repo is not None
         }
         return repository_of(name, {**self._builder.model_aliases, **configured})
+
+    def note_facts(self, runner: str, *, has_tools: bool, has_thinking: bool) -> None:
+        """Correct what is listed of the models that a worker serves by what it found when it loaded them."""
+        digests = {entry.weights_digest for entry in self._index.entries.values() if entry.runner == runner}
+        facts = Facts(has_tools=has_tools, has_thinking=has_thinking)
+        if any(self._builder.facts.get(digest) != facts for digest in digests):
+            self._builder.facts.update(dict.fromkeys(digests, facts))
+            self._index = self._builder.corrected(self._index)
+            self._generation += 1
 
     def _find_mapped(self, requested: str) -> ModelEntry | None:
         """A name of somebody else's, by the operator's patterns; never looked up anywhere."""

@@ -26,7 +26,7 @@ from mlx_router_server.catalogue.scans import BoundedScans, ScanTimeout
 from mlx_router_server.catalogue.store import Manifest, Store
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError
 
-__all__ = ["DEMO_FOLDER", "Index", "IndexBuilder", "Registered", "Sources", "Unservable"]
+__all__ = ["DEMO_FOLDER", "Facts", "Index", "IndexBuilder", "Registered", "Sources", "Unservable"]
 
 DEMO_FOLDER: Final = Path(__file__).parent / "demo"
 
@@ -81,12 +81,22 @@ class Index:
     """Newest first."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What the worker of a model found out about it."""
+
+    has_tools: bool
+    has_thinking: bool
+
+
 class IndexBuilder:
     """Looks at the sources; files that have not changed are not read again."""
 
     def __init__(self, sources: Sources, store: Store | None) -> None:
         self.sources = sources
         self._store = store
+        self.facts: dict[str, Facts] = {}
+        """By the digest of the weights."""
         self._scans = BoundedScans(_SCAN_SECONDS)
         self._inspected: dict[tuple[Path, str, tuple[tuple[str, int, int], ...]], ModelFiles | Unservable] = {}
 
@@ -141,8 +151,24 @@ class IndexBuilder:
             by_target.setdefault(target, []).append(parse_name(short).display.removesuffix(":latest"))
         for target, shorts in by_target.items():
             entries[target] = replace(entries[target], aliases=tuple(sorted(shorts)))
+        return self.corrected(Index(entries, aliases, unservable))
+
+    def corrected(self, index: Index) -> Index:
+        """The index with what workers have found out about the models."""
+        entries = {key: self._with_facts(entry) for key, entry in index.entries.items()}
         listed = sorted(entries.values(), key=lambda entry: entry.files.modified_at, reverse=True)
-        return Index(entries, aliases, unservable, tuple(listed))
+        return Index(entries, index.aliases, index.unservable, tuple(listed))
+
+    def _with_facts(self, entry: ModelEntry) -> ModelEntry:
+        facts = self.facts.get(entry.weights_digest)
+        if facts is None or entry.files.engine not in ("mlx", "vlm") or entry.overlay.template:
+            return entry
+        found = {Capability.TOOLS: facts.has_tools, Capability.THINKING: facts.has_thinking}
+        kept = {capability for capability in entry.files.capabilities if found.get(capability, True)}
+        capabilities = frozenset(kept | {capability for capability, has in found.items() if has})
+        if capabilities == entry.files.capabilities:
+            return entry
+        return replace(entry, files=replace(entry.files, capabilities=capabilities))
 
     def _aliases(self, entries: dict[str, ModelEntry]) -> dict[str, str]:
         """Keys of names to keys of models: what the configuration says before what ships; a name of a model is none."""

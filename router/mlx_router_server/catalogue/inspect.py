@@ -22,6 +22,12 @@ from mlx_router_server.catalogue.entry import Capability, ModelFiles
 from mlx_router_server.catalogue.kinds import Kind, foreign_kind
 from mlx_router_server.catalogue.quantization import quantized_bits, why_unreadable
 from mlx_router_server.catalogue.safetensors import WeightFacts, list_tensors, read_weights
+from mlx_router_shared.capabilities import (
+    chat_capabilities,
+    read_chat_template,
+    read_tokenizer_config,
+    template_for_tools,
+)
 from mlx_router_shared.infill import infill_format
 
 __all__ = ["NotServable", "check_config", "inspect_folder", "read_json"]
@@ -31,21 +37,6 @@ _LARGEST_NUMBER: Final = 2**40  # of anything that a configuration counts
 _LARGEST_JSON: Final = 32 * 2**20
 _LARGEST_TEXT: Final = 2 * 2**20
 _UNPACKED_BITS: Final = {"BF16": "BF16", "F16": "F16", "F32": "F32"}
-# Templates by which mlx-lm recognises a tool-call format (mlx_lm.tokenizer_utils._infer_tool_parser).
-_TOOL_MARKS: Final = (
-    "<minimax:tool_call>",
-    "<|tool_call>",
-    "<start_function_call>",
-    "<longcat_tool_call>",
-    "<arg_key>",
-    "<|tool_list_start|>",
-    "<|tool_call_start|>",
-    "<tool_call>",
-    "<|tool_calls_section_begin|>",
-    '<function name="',
-    "[TOOL_CALLS]",
-    "<atem:function_calls>",
-)
 _FOREIGN: Final = {
     Kind.ADAPTER: "it is an adapter and goes on top of a model: name it as `adapter` of one, or create one from both",
     Kind.DRAFT: "it is a draft head for another model and answers nothing by itself",
@@ -53,7 +44,6 @@ _FOREIGN: Final = {
     Kind.AUDIO_OUT: "it speaks: audio is not served here",
     Kind.IMAGE: "it makes images, which are not served here",
 }
-_THINK_MARKS: Final = ("enable_thinking", "<think>", "</think>", "<|channel>thought", "<|think:start|>")
 
 
 class NotServable(Exception):
@@ -101,7 +91,7 @@ def inspect_folder(folder: Path, said: str = "") -> ModelFiles:
         weights = read_weights(weight_files, bits)
     except ValueError as error:
         raise NotServable(str(error)) from None
-    template = _chat_template(folder)
+    template = read_chat_template(folder)
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
     engine, capabilities = _kind(folder, template, config, weight_files, sees, said)
@@ -121,7 +111,7 @@ def inspect_folder(folder: Path, said: str = "") -> ModelFiles:
         work_bytes=work_space(text),
         capabilities=capabilities,
         info=_info(model_type, text, weights),
-        template=template,
+        template=_default_template(template),
         license=_license(folder),
         parameters_text=_parameters(folder),
     )
@@ -176,9 +166,7 @@ def _weight_files(folder: Path) -> list[Path]:
         shards = read_json(index).get("weight_map")
         named = set(shards.values()) if isinstance(shards, dict) else set()
         missing = sorted(str(name) for name in named if not (folder / str(name)).exists())
-        # mlx-lm reads every model*.safetensors: an index of other shards beside the whole file is only stale.
-        is_stale = len(missing) == len(named) and (folder / "model.safetensors").is_file()
-        if missing and not is_stale:
+        if missing:
             raise NotServable(f"the weights are incomplete: {missing[0]} is missing")
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
@@ -186,25 +174,16 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _chat_template(folder: Path) -> str:
-    jinja = folder / "chat_template.jinja"
-    if jinja.is_file() and jinja.stat().st_size <= _LARGEST_TEXT:
-        return jinja.read_text(encoding="utf-8", errors="replace")
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        try:
-            template = read_json(folder / name).get("chat_template")
-        except NotServable:
-            continue
-        if isinstance(template, list):  # several named templates; "default" is the one that is used
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-            template = named.get("default")
-        if isinstance(template, str):
-            return template
-    return ""
+def _default_template(template: Any) -> str:
+    """The text that is shown as the model's template: of several named ones the default."""
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default") or template_for_tools(template)
+    return template if isinstance(template, str) else ""
 
 
 def _kind(
-    folder: Path, template: str, config: dict[str, Any], weight_files: list[Path], sees: bool, said: str
+    folder: Path, template: Any, config: dict[str, Any], weight_files: list[Path], sees: bool, said: str
 ) -> tuple[str, frozenset[Capability]]:
     """Which engine runs it, and what it can do; its content tells."""
     if config["model_type"] in ENCODERS:
@@ -230,16 +209,18 @@ def _labels(weight_files: list[Path]) -> int:
     return 0
 
 
-def _capabilities(folder: Path, template: str, said: str) -> frozenset[Capability]:
+def _capabilities(folder: Path, template: Any, said: str) -> frozenset[Capability]:
     pools = (folder / "1_Pooling" / "config.json").is_file() or (folder / "modules.json").is_file()
     if said == Kind.EMBEDDING or (pools and said != Kind.CHAT):
         return frozenset({Capability.EMBEDDING})
     found = {Capability.COMPLETION}
-    if "tools" in template and any(mark in template for mark in _TOOL_MARKS):
+    vocabulary = _vocabulary(folder)
+    can = chat_capabilities(template, vocabulary, read_tokenizer_config(folder))
+    if can.tools:
         found.add(Capability.TOOLS)
-    if any(mark in template for mark in _THINK_MARKS):
+    if can.thinking:
         found.add(Capability.THINKING)
-    if infill_format(_added_tokens(folder)) is not None:
+    if infill_format(vocabulary or set()) is not None:
         found.add(Capability.INSERT)
     return frozenset(found)
 
@@ -250,16 +231,23 @@ def _fake_capabilities(said: object) -> frozenset[Capability]:
     return frozenset(Capability(name) for name in names if name in set(Capability))
 
 
-def _added_tokens(folder: Path) -> set[str]:
-    """The markers of a vocabulary, which are written beside it."""
+def _vocabulary(folder: Path) -> set[str] | None:
+    """The tokens of a model as text; None if there is no file that tells."""
+    config = read_tokenizer_config(folder)
     try:
-        config = read_json(folder / "tokenizer_config.json")
         tokenizer = read_json(folder / "tokenizer.json")
     except NotServable:
-        return set()
+        return None
     decoder = config.get("added_tokens_decoder")
     added = [*(decoder.values() if isinstance(decoder, dict) else []), *_list(tokenizer.get("added_tokens"))]
-    return {str(token.get("content")) for token in added if isinstance(token, dict)}
+    found = {str(token.get("content")) for token in added if isinstance(token, dict)}
+    model = tokenizer.get("model")
+    pieces = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(pieces, dict):
+        found.update(pieces)
+    elif isinstance(pieces, list):
+        found.update(str(piece[0]) for piece in pieces if isinstance(piece, list) and piece)
+    return found
 
 
 def _list(value: object) -> list[Any]:

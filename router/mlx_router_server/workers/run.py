@@ -31,7 +31,7 @@ from mlx_router_server.workers.reclaim import reclaim
 from mlx_router_server.workers.standby import StandbyPool
 from mlx_router_server.workers.timings import EvictionTimings, SwapTimings
 from mlx_router_shared.errors import LoadFailed, MlxRouterError, WorkerDied
-from mlx_router_shared.protocol import Load, Loading, SetLimits
+from mlx_router_shared.protocol import Load, Loading, ModelFacts, SetLimits
 
 __all__ = ["Run"]
 
@@ -49,7 +49,7 @@ class Run:
     def __init__(
         self, effect: StartWorker, plan: LoadPlan, options: SupervisorOptions, evictions: list[EvictionTimings],
         post: Callable[[Event], None], happenings: Happenings, measurements: Measurements,
-        others_answer: Callable[[], bool],
+        others_answer: Callable[[], bool], on_facts: Callable[[LoadPlan, ModelFacts], None],
     ) -> None:  # fmt: skip
         self.plan = plan
         self.handle: WorkerHandle | None = None
@@ -65,6 +65,7 @@ class Run:
         self._happenings = happenings
         self._measurements = measurements
         self._others_answer = others_answer
+        self._on_facts = on_facts
         self._load_seconds = 0.0
         self._loaded_bytes = 0
         self._told_fraction = -1.0
@@ -86,6 +87,7 @@ class Run:
             self.timings.yielded = self._others_answer()
             began = time.monotonic()
             facts = await handle.load(self._load_message(), self._options.load_timeout_seconds)
+            self._on_facts(self.plan, facts)
             self.timings.ready_seen_seconds = max(time.time() - handle.ready_sent_at, 0.0)
             self.timings.weights_seconds = facts.weights_seconds
             self.timings.warm_up_seconds = facts.warm_up_seconds

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, Final, assert_never
@@ -65,7 +65,7 @@ from mlx_router_server.workers.timings import EvictionTimings, SwapTimings
 from mlx_router_server.workers.watching import watch_memory, watch_progress
 from mlx_router_shared.errors import ShuttingDown
 from mlx_router_shared.generation import Counted, CountRequest
-from mlx_router_shared.protocol import Bootstrap, Hello
+from mlx_router_shared.protocol import Bootstrap, Hello, ModelFacts
 
 __all__ = ["Supervisor"]
 
@@ -102,6 +102,8 @@ class Supervisor:
         self.left_behind: list[int] = []
         """Pids of workers that not even KILL could end within its limit."""
         self.happenings = Happenings()
+        self.on_facts: Callable[[LoadPlan, ModelFacts], None] | None = None
+        """Called with what a worker found out about its model."""
         self._measurements = Measurements(options.measurements)
         self._run_directory: RunDirectory | None = None
         self._link: WorkerLink | None = None
@@ -375,11 +377,16 @@ class Supervisor:
         plan = self._plans[effect.model]
         evictions = self._evictions_for.pop(effect.model, [])
         run = Run(
-            effect, plan, self._options, evictions, self._post, self.happenings, self._measurements, self._is_answering
-        )
+            effect, plan, self._options, evictions, self._post, self.happenings, self._measurements,
+            self._is_answering, self._report_facts,
+        )  # fmt: skip
         self._runs[effect.worker] = run
         self._last_swaps[effect.model] = run.timings
         self._spawn_task(self._live(run), f"run-{effect.worker}")
+
+    def _report_facts(self, plan: LoadPlan, facts: ModelFacts) -> None:
+        if self.on_facts is not None:
+            self.on_facts(plan, facts)
 
     def _is_answering(self) -> bool:
         """Whether any worker computes for somebody: now, or a moment ago, as it is between two turns."""

@@ -17,10 +17,15 @@ __all__ = ["CallStyle", "Render", "TemplateTraits", "probe_template", "with_func
 Render = Callable[..., str]
 """Messages in OpenAI's shape, and arguments by name, to the text of the prompt; raises whatever the template raises."""
 
-_SYSTEM, _OTHER_SYSTEM = "qzsysa", "qzsysb"
-_USER, _OTHER_USER = "qzusra", "qzusrb"
-_ASSISTANT, _OTHER_ASSISTANT = "qzasta", "qzastb"
-_FUNCTION, _ARGUMENT, _RESULT = "qzfunc", "qzarg", "qzres"
+_SYSTEM: Final = "qzsysa"
+_OTHER_SYSTEM: Final = "qzsysb"
+_USER: Final = "qzusra"
+_OTHER_USER: Final = "qzusrb"
+_ASSISTANT: Final = "qzasta"
+_OTHER_ASSISTANT: Final = "qzastb"
+_FUNCTION: Final = "qzfunc"
+_ARGUMENT: Final = "qzarg"
+_RESULT: Final = "qzres"
 _THINKING_SWITCHES: Final = ("enable_thinking", "thinking", "reasoning", "think")
 _EFFORTS: Final = ("reasoning_effort", "thinking_effort")
 _TOOL: Final = {

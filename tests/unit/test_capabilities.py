@@ -1,0 +1,71 @@
+"""What a model can do, by the one function that catalogue and worker ask."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_router_server.catalogue.entry import Capability
+from mlx_router_server.catalogue.inspect import inspect_folder
+from mlx_router_shared.capabilities import chat_capabilities
+from mlx_router_shared.generation import GenerationRequest, Message, Role, Tool, ToolCallDone
+from mlx_router_shared.protocol import Load
+from mlx_router_worker.mlx_engine import MlxEngine
+from tests.support.engine import play
+from tests.tiny_models.parrot import make_parrot
+
+_CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
+_TEMPLATES: dict[str, tuple[Any, dict[str, Any], bool, bool]] = {
+    "hermes": (_CHAT + "{{ tools }}<tool_call>{{ tool_call.name }}", {}, True, False),
+    "json without tool_call.name": (_CHAT + "{% if tools %}{% set x = '<tool_call>' %}{% endif %}", {}, True, False),
+    "xml": (_CHAT + "{{ tools }}<tool_call>\n<function=", {}, True, False),
+    "mistral": (_CHAT + "{{ tools }}[TOOL_CALLS]", {}, True, False),
+    "marks without tools": (_CHAT + "<tool_call>", {}, False, False),
+    "no parser": (_CHAT + "{{ tools }}<tool_calls>", {}, False, False),
+    "llama": (_CHAT + "{{ tools }}<|python_tag|>", {}, False, False),
+    "named by the tokenizer": (_CHAT, {"tool_parser_type": "mistral"}, True, False),
+    "several, one for tools": ([{"name": "default", "template": _CHAT}, {
+        "name": "tool_use", "template": _CHAT + "{% if tools %}{% set x = '<tool_call>' %}{% endif %}"}],
+        {}, True, False),
+    "thinking": (_CHAT + "{% if enable_thinking %}x{% endif %}", {}, False, True),
+    "think in the text": (_CHAT + "<think>", {}, False, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _TEMPLATES)
+def test_catalogue_and_worker_say_the_same(tmp_path: Path, name: str) -> None:
+    template, more, tools, thinking = _TEMPLATES[name]
+    folder = make_parrot(
+        tmp_path / "p", ["x"], chat_template=None, tokenizer_config={"chat_template": template, **more}
+    )
+    listed = inspect_folder(folder).capabilities
+    engine = MlxEngine(lambda data: None)
+    facts = engine.load(Load(model="p", path=str(folder), context_tokens=0, parallel=1), lambda stage, fraction: None)
+    engine.close()
+    assert (Capability.TOOLS in listed, Capability.THINKING in listed) == (tools, thinking)
+    assert (facts.has_tools, facts.has_thinking) == (tools, thinking)
+
+
+def test_thinking_needs_the_tokens_and_the_template() -> None:
+    tokens = {"<think>", "</think>"}
+    assert chat_capabilities(_CHAT + "<think>", tokens, {}).thinking
+    assert not chat_capabilities(_CHAT, tokens, {}).thinking, "an instruct model of a thinking family"
+    assert not chat_capabilities(_CHAT + "<think>", {"a"}, {}).thinking
+    assert chat_capabilities(_CHAT + "<think>", None, {}).thinking
+
+
+@pytest.mark.parametrize("name", ["json without tool_call.name", "several, one for tools"])
+def test_a_call_is_read_where_tools_are_listed(tmp_path: Path, name: str) -> None:
+    pieces = ["<tool_call>", '{"name": "f", "arguments": {"a": 1}}', "</tool_call>"]
+    template = _TEMPLATES[name][0]
+    folder = make_parrot(tmp_path / "p", pieces, chat_template=None, tokenizer_config={"chat_template": template})
+    engine = MlxEngine(lambda data: None)
+    engine.load(Load(model="p", path=str(folder), context_tokens=0, parallel=1), lambda stage, fraction: None)
+    ask = GenerationRequest(messages=[Message(role=Role.USER, content="go")], tools=[Tool(name="f")])
+    events = play(engine, {"r": ask})["r"]
+    engine.close()
+    (call,) = [event for event in events if isinstance(event, ToolCallDone)]
+    assert (call.name, json.loads(call.arguments)) == ("f", {"a": 1})
