@@ -7,6 +7,7 @@ a clock, an operator. It keeps books of its own and compares.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -103,6 +104,7 @@ class World(RuleBasedStateMachine):
         self.started_at: dict[str, float] = {}
         self.not_counted: dict[str, float] = {}
         self.shut_down = False
+        self.contents: dict[str, int] = {}
 
     def tell(self, event: Event) -> None:
         for effect in self.lifecycle.handle(event, self.now):
@@ -159,23 +161,34 @@ class World(RuleBasedStateMachine):
     ) -> None:
         ticket = f"t{next(self.tickets)}"
         self.waiting[ticket] = (model, self.now, float("inf") if deadline is None else self.now + deadline)
+        spec = self.spec(model)
+        forecast = self.lifecycle.forecast(spec, self.now)
         self.tell(
             LeaseRequested(
-                ticket=ticket, spec=_spec(model), keep_alive_seconds=keep_alive, priority=priority,
+                ticket=ticket, spec=spec, keep_alive_seconds=keep_alive, priority=priority,
                 deadline_seconds=deadline, explicit=explicit,
             )
         )  # fmt: skip
+        refused = ticket not in self.waiting and ticket not in self.leases
         if self.shut_down:
-            assert ticket not in self.waiting
-            assert ticket not in self.leases
+            assert refused
+        elif not explicit and deadline is None:
+            assert (forecast.action == "refuse") == refused, forecast
+
+    @rule(model=_MODELS)
+    def write_files(self, model: str) -> None:
+        self.contents[model] = self.contents.get(model, 0) + 1
+
+    def spec(self, model: str) -> ModelSpec:
+        return replace(_spec(model), content=str(self.contents.get(model, 0)))
 
     @rule(model=_MODELS)
     def want(self, model: str) -> None:
-        self.tell(LoadWanted(spec=_spec(model), reason="preloaded"))
+        self.tell(LoadWanted(spec=self.spec(model), reason="preloaded"))
 
     @rule(model=_MODELS, pinned=st.booleans())
     def pin(self, model: str, pinned: bool) -> None:
-        self.tell(PinChanged(spec=_spec(model), pinned=pinned))
+        self.tell(PinChanged(spec=self.spec(model), pinned=pinned))
 
     @rule(pressure=st.sampled_from(list(Pressure)), available=st.integers(0, 200))
     def read_memory(self, pressure: Pressure, available: int) -> None:

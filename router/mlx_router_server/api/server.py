@@ -143,6 +143,7 @@ class Server:
         return LoadPlan(
             spec=ModelSpec(
                 name=entry.runner,
+                content=f"{entry.content}:{draft.content if draft is not None else ''}",
                 estimate_bytes=said.memory or needed,
                 growth_bytes=0 if said.memory else estimate.growth_bytes,
                 fixed=bool(said.memory),

@@ -41,6 +41,8 @@ class ModelFiles:
     weights_bytes: int
     digest: str
     """64 hex digits that change with the content, and with what a created model says on top."""
+    stamp: str = ""
+    """Something that changes when a file of the model is written."""
     weights_digest: str = ""
     """The same without that; empty where it is the same."""
     modified_at: float
@@ -125,6 +127,8 @@ class ModelEntry:
     adapter: Path | None = None
     """A LoRA adapter on top of the weights."""
     adapter_bytes: int = 0
+    adapter_digest: str = ""
+    """Of the adapter's content."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,7 +138,12 @@ class ModelEntry:
     @property
     def weights_digest(self) -> str:
         """Of what a worker loads; the prompts that go with it do not matter."""
-        return f"{self.files.weights_digest or self.files.digest}{f':{self.adapter.name}' if self.adapter else ''}"
+        return f"{self.files.weights_digest or self.files.digest}{f':{self.adapter_digest}' if self.adapter else ''}"
+
+    @property
+    def content(self) -> str:
+        """Something that changes with what a worker loads, also when a file is written again in its place."""
+        return f"{self.weights_digest}:{self.files.stamp}"
 
     @property
     def runner(self) -> str:

@@ -6,6 +6,7 @@ created here, extra folders, the Hugging Face cache. Runs in a thread; what it r
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import stat
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from mlx_router_server.catalogue.aliases import SHIPPED, keyed
 from mlx_router_server.catalogue.discovery import Found, discover_folders, discover_hub
@@ -31,6 +32,8 @@ __all__ = ["DEMO_FOLDER", "Facts", "Index", "IndexBuilder", "Registered", "Sourc
 DEMO_FOLDER: Final = Path(__file__).parent / "demo"
 
 _SCAN_SECONDS: Final = 10.0
+_MODEL_FILES: Final = (".json", ".safetensors", ".jinja", ".model")
+_NOT_LOADED: Final = ("README", "LICENSE", ".")
 _HANGING: Final = -1
 """The stamp of a folder that did not answer: a change of it means that it answers again."""
 
@@ -232,7 +235,8 @@ class IndexBuilder:
             license="\n\n".join(manifest.overlay.license) or files.license,
         )
         return ModelEntry(name=name, path=path, source="created", files=files, base=base, overlay=manifest.overlay,
-                          adapter=adapter, adapter_bytes=_adapter_bytes(adapter))  # fmt: skip
+                          adapter=adapter, adapter_bytes=_adapter_bytes(adapter),
+                          adapter_digest=_adapter_digest(adapter))  # fmt: skip
 
     def _scanned(self, registered: dict[str, Registered]) -> Iterator[tuple[Found, ModelFiles | Unservable]]:
         """Every folder that looks like a model, with its facts, in the order of the sources.
@@ -298,6 +302,8 @@ class IndexBuilder:
                 # Files of strangers, read by much code: whatever one of them does, the others are still served.
                 log.exception("event=model_unreadable path=%r", str(found.path))
                 known = Unservable(reason=f"its files make no sense: {type(error).__name__}: {error}")
+            if isinstance(known, ModelFiles):
+                known = replace(known, stamp=_hash(item for item in listing if not item[0].startswith(_NOT_LOADED)))
             self._inspected[(found.path, said, listing)] = known
         return known
 
@@ -308,8 +314,23 @@ def _with_registered(entry: ModelEntry, said: Registered) -> ModelEntry:
         return entry
     files = replace(entry.files, digest=said.overlay.digest_over(entry.files.digest), weights_digest=entry.files.digest)
     return replace(
-        entry, files=files, overlay=said.overlay, adapter=said.adapter, adapter_bytes=_adapter_bytes(said.adapter)
-    )
+        entry, files=files, overlay=said.overlay, adapter=said.adapter, adapter_bytes=_adapter_bytes(said.adapter),
+        adapter_digest=_adapter_digest(said.adapter),
+    )  # fmt: skip
+
+
+def _adapter_digest(folder: Path | None) -> str:
+    """Of the adapter's configuration, and of the size and time of its weights; empty where there is none."""
+    if folder is None:
+        return ""
+    facts = []
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        try:
+            stat = (folder / name).stat()
+        except OSError:
+            continue
+        facts.append((name, stat.st_size, stat.st_mtime_ns))
+    return _hash(facts)
 
 
 def _adapter_bytes(folder: Path | None) -> int:
@@ -348,11 +369,29 @@ def _stamps_below(root: Path) -> list[tuple[str, int]]:
     return stamps
 
 
+def _hash(items: Iterable[Any]) -> str:
+    return hashlib.sha256(repr(sorted(items)).encode()).hexdigest()[:16]
+
+
 def _stamp(path: Path) -> list[tuple[str, int]]:
+    """The times of a folder and of the files in it: a file that is written in its place leaves the folder's alone."""
+    stamps: list[tuple[str, int]] = []
     try:
-        return [(str(path), path.stat().st_mtime_ns)]
+        stamps.append((str(path), path.stat().st_mtime_ns))
+        with os.scandir(path) as entries:
+            files = [(entry.name, entry.stat().st_mtime_ns) for entry in entries if _is_model_file(entry)]
+    except NotADirectoryError:
+        return stamps
     except OSError:
         return []
+    return stamps + [(f"{path}/{name}", time) for name, time in files]
+
+
+def _is_model_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.name.endswith(_MODEL_FILES) and entry.is_file()
+    except OSError:
+        return False
 
 
 def _subfolders(root: Path) -> list[Path]:

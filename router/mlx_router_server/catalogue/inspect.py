@@ -306,7 +306,8 @@ def _digest(folder: Path, weight_files: list[Path]) -> str:
         path = folder / name
         if path.is_file():
             digest.update(name.encode() + b"\0" + path.read_bytes())
-    for path in weight_files:
+    tokenizers = [path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).is_file()]
+    for path in [*tokenizers, *weight_files]:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} {path.resolve().name}\n".encode())
         with path.open("rb") as stream:

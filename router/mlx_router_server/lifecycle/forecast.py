@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Final, assert_never
 
-from mlx_router_server.lifecycle.admission import Admit, Blocked, Evict, TooLarge, Wait, choose_admission
+from mlx_router_server.lifecycle.admission import Admit, Blocked, Evict, TooLarge, Wait
 from mlx_router_server.lifecycle.books import Books
+from mlx_router_server.lifecycle.memory import Pressure
+from mlx_router_server.lifecycle.queueing import BusyPolicy
 from mlx_router_server.lifecycle.record import ModelRecord
+from mlx_router_server.lifecycle.room import admission_verdict
 from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.lifecycle.states import State
 from mlx_router_server.lifecycle.views import LoadForecast
+from mlx_router_shared.errors import BackingOff, MemoryPressure, MlxRouterError, Overloaded
 
-__all__ = ["expected_wait", "forecast_load", "retry_after"]
+__all__ = ["expected_wait", "forecast_load", "retry_after", "serves_at_once", "why_refused"]
 
 FALLBACK_SECONDS: Final = 30
 _TELLING_FRACTION: Final = 0.05  # before that the rest of a load cannot be told from its beginning
@@ -50,9 +55,36 @@ def retry_after(books: Books, record: ModelRecord, now: float) -> int:
     return max(1, math.ceil(max(known + others))) if known + others else FALLBACK_SECONDS
 
 
+def serves_at_once(record: ModelRecord) -> bool:
+    """Whether a request would begin at once, with the files that are there now."""
+    busy = len(record.leases) + len(record.queue)
+    return record.state is State.READY and record.content == record.spec.content and busy < record.spec.parallel
+
+
+def why_refused(books: Books, record: ModelRecord, now: float) -> MlxRouterError | None:
+    """The reason to refuse a new request at once, if there is one: asked by the decision and by the forecast."""
+    name = record.spec.name
+    failing = record.state in (State.BACKOFF, State.FAILED) or (record.state is State.STOPPING and record.failed)
+    if failing and now < record.retry_at:
+        pause = math.ceil(record.retry_at - now)
+        text = f"model '{name}' failed and is tried again in {pause} s: {record.reason}"
+        return BackingOff(text, retry_after_seconds=pause)
+    unloaded = record.state in (State.UNLOADED, State.BACKOFF, State.FAILED)
+    if unloaded and books.pressure is Pressure.CRITICAL:
+        text = f"model '{name}' is not loaded now: the machine is short of memory"
+        return MemoryPressure(text, retry_after_seconds=10)
+    if not serves_at_once(record) and books.waiting >= books.limits.max_queue:
+        text = "server busy, please try again.  maximum pending requests exceeded"
+        return Overloaded(text, retry_after_seconds=retry_after(books, record, now))
+    return None
+
+
 def forecast_load(books: Books, spec: ModelSpec, now: float) -> LoadForecast:
     """What a request for this model would cause at this moment."""
-    record = books.records.get(spec.name) or ModelRecord(spec=spec, since=now, load_seconds=spec.load_seconds or 0.0)
+    record = books.records.get(spec.name)
+    record = replace(record, spec=spec) if record is not None else ModelRecord(
+        spec=spec, since=now, load_seconds=spec.load_seconds or 0.0
+    )  # fmt: skip
 
     def say(action: str, reason: str, **more: tuple[str, ...]) -> LoadForecast:
         wait = None if action == "refuse" else expected_wait(books, record, now)
@@ -61,24 +93,26 @@ def forecast_load(books: Books, spec: ModelSpec, now: float) -> LoadForecast:
             budget_bytes=books.limits.budget_bytes, reserved_bytes=books.reserved_bytes, wait_seconds=wait, **more,
         )  # fmt: skip
 
-    if record.state is State.READY:
-        return say("serve", "it is loaded")
+    fails_when_busy = books.limits.busy_policy is BusyPolicy.FAIL
+    if error := why_refused(books, record, now):
+        return say("refuse", error.message)
+    is_current = record.content == spec.content
+    has_place = serves_at_once(record)
+    if record.state is State.READY and is_current:
+        if has_place or not fails_when_busy:
+            return say("serve", "it is loaded")
+        return say("refuse", "others are being served, and busy_policy is fail")
     if record.loading:
         return say("join", "it is being loaded")
-    if record.state in (State.DRAINING, State.STOPPING):
-        return say("wait", f"it is leaving: {record.reason}", wait_for=(spec.name,))
-    if record.state in (State.BACKOFF, State.FAILED) and now < record.retry_at:
-        return say("refuse", f"it failed and is tried again in {math.ceil(record.retry_at - now)} s: {record.reason}")
+    if record.state in (State.READY, State.DRAINING, State.STOPPING):
+        if fails_when_busy:
+            return say("refuse", "it is leaving, and busy_policy is fail")
+        reason = record.reason if record.state is not State.READY else "its files have changed"
+        return say("wait", f"it is leaving: {reason}", wait_for=(spec.name,))
     ahead = [other for other in books.in_state(State.QUEUED) if other is not record and other.queue]
-    verdict = choose_admission(
-        estimate_bytes=spec.estimate_bytes,
-        budget_bytes=books.limits.budget_bytes,
-        max_loaded=books.limits.max_loaded_models,
-        residents=[r for other in books.records.values() if (r := other.resident(books.limits.min_residency_seconds))],
-        now=now,
-        promised_bytes=sum(other.spec.estimate_bytes for other in ahead),
-        promised_count=len(ahead),
-    )
+    verdict = admission_verdict(books, record, now, sum(other.spec.estimate_bytes for other in ahead), len(ahead))
+    if isinstance(verdict, Wait) and fails_when_busy:
+        return say("refuse", "others are in the way, and busy_policy is fail")
     match verdict:
         case Admit():
             return say("load", "there is room")

@@ -36,7 +36,7 @@ from mlx_router_server.lifecycle.events import (
     WorkerReclaimed,
     WorkerStarted,
 )
-from mlx_router_server.lifecycle.forecast import expected_wait, forecast_load, retry_after
+from mlx_router_server.lifecycle.forecast import expected_wait, forecast_load, retry_after, why_refused
 from mlx_router_server.lifecycle.limits import Limits
 from mlx_router_server.lifecycle.memory import MemoryReading, Pressure
 from mlx_router_server.lifecycle.queueing import BusyPolicy, Waiter
@@ -45,11 +45,8 @@ from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.lifecycle.states import Cause, State
 from mlx_router_server.lifecycle.views import LoadForecast, ModelView, WaiterView
 from mlx_router_shared.errors import (
-    BackingOff,
     Busy,
-    MemoryPressure,
     MlxRouterError,
-    Overloaded,
     ShuttingDown,
     WaitedTooLong,
 )
@@ -206,6 +203,9 @@ class Lifecycle:
             )
         )  # fmt: skip
         books.by_ticket[event.ticket] = record
+        if record.state is State.READY and record.content != record.spec.content:
+            # What runs ends with the old files; the model is loaded again for whoever waits.
+            ends.drain(books, record, Cause.OPERATOR, "its files have changed", now, limit_seconds=math.inf)
         if record.state in (State.UNLOADED, State.BACKOFF, State.FAILED):
             books.move(record, State.QUEUED, now)
 
@@ -215,19 +215,8 @@ class Lifecycle:
         name = record.spec.name
         if books.leaving:
             return ShuttingDown(_LEAVING)
-        failing = record.state in (State.BACKOFF, State.FAILED) or (record.state is State.STOPPING and record.failed)
-        if failing and now < record.retry_at:
-            pause = math.ceil(record.retry_at - now)
-            text = f"model '{name}' failed and is tried again in {pause} s: {record.reason}"
-            return BackingOff(text, retry_after_seconds=pause)
-        unloaded = record.state in (State.UNLOADED, State.BACKOFF, State.FAILED)
-        if unloaded and books.pressure is Pressure.CRITICAL:
-            text = f"model '{name}' is not loaded now: the machine is short of memory"
-            return MemoryPressure(text, retry_after_seconds=10)
-        served_at_once = record.state is State.READY and len(record.leases) + len(record.queue) < record.spec.parallel
-        if not served_at_once and books.waiting >= books.limits.max_queue:
-            text = "server busy, please try again.  maximum pending requests exceeded"
-            return Overloaded(text, retry_after_seconds=retry_after(books, record, now))
+        if error := why_refused(books, record, now):
+            return error
         if event.deadline_seconds is not None:
             wait = expected_wait(books, record, now)
             if wait is not None and wait > event.deadline_seconds:

@@ -46,6 +46,8 @@ class ModelRecord:
     leases: dict[str, float] = field(default_factory=dict)
     """By ticket: since when."""
     fraction: float = 0.0
+    content: str = ""
+    """``spec.content`` at the time when the load began."""
     was_ready: bool = False
     started_at: float = 0.0
     ready_at: float = 0.0

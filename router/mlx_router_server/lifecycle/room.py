@@ -24,7 +24,7 @@ from mlx_router_server.lifecycle.record import ModelRecord
 from mlx_router_server.lifecycle.states import Cause, State
 from mlx_router_shared.errors import MemoryPinned, MlxRouterError, ModelTooLarge
 
-__all__ = ["admit_queued", "give_up", "keep_what_nobody_needs_gone"]
+__all__ = ["admission_verdict", "admit_queued", "give_up", "keep_what_nobody_needs_gone"]
 
 
 def admit_queued(books: Books, now: float) -> None:
@@ -32,7 +32,7 @@ def admit_queued(books: Books, now: float) -> None:
     promised_bytes = promised_count = 0
     for record in _in_order(books, now):
         record.look_again_at = math.inf
-        verdict = _verdict(books, record, now, promised_bytes, promised_count)
+        verdict = admission_verdict(books, record, now, promised_bytes, promised_count)
         short_of_memory = _why_memory_does_not_allow(books, record) if isinstance(verdict, Admit) else ""
         if short_of_memory:
             verdict = Wait()
@@ -86,7 +86,9 @@ def _yields(books: Books, record: ModelRecord) -> bool:
     return other is not None and other.state is State.QUEUED and len(other.queue) > 0
 
 
-def _verdict(books: Books, record: ModelRecord, now: float, promised_bytes: int, promised_count: int) -> Verdict:
+def admission_verdict(
+    books: Books, record: ModelRecord, now: float, promised_bytes: int, promised_count: int
+) -> Verdict:
     residency = books.limits.min_residency_seconds
     return choose_admission(
         estimate_bytes=record.spec.estimate_bytes,
@@ -126,6 +128,7 @@ def _start(books: Books, record: ModelRecord, now: float) -> None:
     record.worker = books.new_worker_id()
     books.by_worker[record.worker] = record
     record.reserved_bytes = record.spec.estimate_bytes
+    record.content = record.spec.content
     record.waiting_for = ()
     record.started_at = now
     record.yields_to = None

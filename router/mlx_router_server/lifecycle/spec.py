@@ -24,6 +24,8 @@ class ModelSpec:
     """What a load took the last time, remembered from an earlier run; None when it was never seen."""
     pinned: bool = False
     keep_alive: KeepAlive = field(default_factory=KeepAlive)
+    content: str = ""
+    """Something that changes with the files of the model; a worker that has loaded others is replaced."""
     parallel: int = 32
     """Requests that its worker takes at once; the others wait here."""
 

@@ -1,0 +1,63 @@
+"""A model whose files are replaced while it is loaded is used by the next request; what runs ends with the old ones."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.support.http import RawStream
+from tests.support.router import RouterProcess, running_router, wait_until
+from tests.tiny_models.parrot import make_parrot
+
+
+def _ask(router: RouterProcess, model: str = "p") -> str:
+    text: str = router.generate(model)["response"]
+    return text
+
+
+def _replace(folder: Path, source: Path, *, in_place: bool) -> None:
+    """Copy a model over another; in place: file by file, so that the folder itself stays as it is."""
+    if not in_place:
+        shutil.rmtree(folder)
+        shutil.copytree(source, folder)
+        return
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
+@pytest.mark.req("R27")
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_next_request_gets_the_new_model(home: Path, tmp_path: Path, in_place: bool) -> None:
+    models = tmp_path / "models"
+    make_parrot(models / "p", ["on", "ly one", " of"])
+    make_parrot(tmp_path / "new", ["two", " it is", " of"])
+    with running_router(home, "--models-dir", str(models)) as router:
+        assert _ask(router) == "only one of"
+        pid = router.model("p")["pid"]
+        assert _ask(router) == "only one of"
+        assert router.model("p")["pid"] == pid, "nothing was replaced"
+        _replace(models / "p", tmp_path / "new", in_place=in_place)
+        wait_until(lambda: _ask(router) == "two it is of", "the new model answers", 15)
+        assert router.model("p")["loads"] == 2
+        assert router.status()["router"]["kill_incidents"] == 0
+
+
+@pytest.mark.req("R27")
+def test_a_running_answer_ends_with_the_old_files(home: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    make_parrot(models / "p", ["a ", "b ", "c "], ends=False)
+    make_parrot(tmp_path / "new", ["new"])
+    with running_router(home, "--models-dir", str(models)) as router:
+        body = {"model": "p", "prompt": "go", "options": {"num_predict": 8000}}
+        raw = RawStream(router, "/api/generate", body)
+        raw.read_until(b'"a "')
+        _replace(models / "p", tmp_path / "new", in_place=False)
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(raw.read_to_end)
+            wait_until(lambda: _ask(router) == "new", "the new model answers", 30)
+            rest = reading.result(30)
+        assert b'"done_reason":"length"' in rest, rest[-300:]
+        assert b"new" not in rest
