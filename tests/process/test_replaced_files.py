@@ -14,7 +14,7 @@ from tests.tiny_models.parrot import make_parrot
 
 
 def _ask(router: RouterProcess, model: str = "p") -> str:
-    text: str = router.generate(model)["response"]
+    text: str = router.generate(model, options={"num_predict": 8})["response"]
     return text
 
 
@@ -51,7 +51,7 @@ def test_a_running_answer_ends_with_the_old_files(home: Path, tmp_path: Path) ->
     make_parrot(models / "p", ["a ", "b ", "c "], ends=False)
     make_parrot(tmp_path / "new", ["new"])
     with running_router(home, "--models-dir", str(models)) as router:
-        body = {"model": "p", "prompt": "go", "options": {"num_predict": 8000}}
+        body = {"model": "p", "prompt": "go", "options": {"num_predict": 4000}}
         raw = RawStream(router, "/api/generate", body)
         raw.read_until(b'"a "')
         _replace(models / "p", tmp_path / "new", in_place=False)
