@@ -14,7 +14,7 @@ from typing import Final
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from mlx_router_server.access.keys import KeyFileError, KeyRing, keys_file, local_key
+from mlx_router_server.access.keys import KeyFileError, KeyRing, keys_file, local_key_file, renew_local_key
 from mlx_router_server.api import admin, anthropic, errors, figures, manage, ollama, openai, responses, ui
 from mlx_router_server.api.auth import Auth
 from mlx_router_server.api.edge import Edge
@@ -61,9 +61,11 @@ def create_app(settings: Settings, home: Path | None = None) -> Starlette:
         store = Store(folder) if folder is not None else None
         catalogue = Catalogue(_sources(settings), settings.default_model, store)
         supervisor = Supervisor(_options(settings, home))
-        keys = KeyRing(settings.api_keys, keys_file(home) if home is not None else None)
-        if folder is not None:
-            keys.trust_local(await asyncio.to_thread(local_key, folder))
+        keys = KeyRing(
+            settings.api_keys,
+            keys_file(home) if home is not None else None,
+            local_key_file(folder) if folder is not None else None,
+        )
         await asyncio.to_thread(keys.refresh)  # a file that cannot be read must not mean that no keys are asked for
         models = Models(catalogue, store, supervisor.happenings) if store is not None else None
         app.state.server = server = Server(settings, catalogue, supervisor, keys, models, logs=lines.ring)
@@ -152,7 +154,7 @@ def _can_keep(home: Path) -> bool:
     """Make what is kept in the home folder. A router without one serves what there is, and keeps nothing."""
     try:
         Store(home).prepare()
-        local_key(home, create=True)
+        renew_local_key(home)
     except OSError as error:
         log.warning("event=home_unusable path=%r error=%r hint=%r", str(home), str(error), "set MLX_ROUTER_HOME")
         return False

@@ -47,15 +47,18 @@ def config_file(environment: dict[str, str], named: Path | None = None) -> Path:
     return named or home_folder(environment) / "config.toml"
 
 
-def load_settings(flags: dict[str, object], environment: dict[str, str], config: Path | None = None) -> Settings:
+def load_settings(
+    flags: dict[str, object], environment: dict[str, str], config: Path | None = None, *, ignore_file: bool = False
+) -> Settings:
     """Put the layers on top of each other. Raises ``SettingsError``.
 
     ``config`` None reads ``config.toml`` in the home folder if it is there; a file that was named has to exist.
+    ``ignore_file`` leaves the file out.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     file = config_file(environment, config)
-    if config is not None or file.exists():
+    if not ignore_file and (config is not None or file.exists()):
         values.update(_read_file(file))
         origins.update(dict.fromkeys(values, str(file)))
     for name, (value, variable) in _from_ollama(environment).items():

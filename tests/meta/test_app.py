@@ -21,6 +21,7 @@ _OTHER = {
     "/", "/api/version", "/api/tags", "/api/ps", "/api/show", "/v1/models", "/v1/models/{name:path}", "/health",
     "/ready", "/admin/status", "/admin/config", "/admin/models/{name:path}/load", "/admin/models/{name:path}/unload",
     "/admin/models/{name:path}/pin", "/admin/models/{name:path}/unpin", "/admin/plan", "/admin/events",
+    "/admin/shutdown",
     "/admin/logs", "/admin/logs/stream", "/admin/requests", "/admin/requests/{id}", "/metrics",
     "/ui", "/ui/{name}",
     "/v1/messages/count_tokens", "/v1/responses/input_tokens", "/v1/responses/{response_id}",

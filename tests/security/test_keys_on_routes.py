@@ -84,6 +84,8 @@ def test_a_key_opens_its_own_scope_only(locked: RouterProcess, method: str, path
         return
     needed = scope_of(path)
     for name in ("inference", "pull", "admin"):
+        if name == "admin" and path == "/admin/shutdown":
+            continue  # it would end the router of the other tests
         # A body that no route takes: what is refused with 403 was refused before anybody looked at it.
         reply = call(locked, method, path, b"[]", authorization=f"Bearer {_KEYS[name]}")
         refused = reply.status == 403 and needed in reply.body.decode() and "scope" in reply.body.decode()

@@ -13,10 +13,14 @@ from mlx_router_server.access.keys import (
     KeyFileError,
     KeyRing,
     Scope,
+    key_digest,
     keys_file,
     local_key,
+    local_key_file,
+    local_proof,
     make_key,
     read_keys,
+    renew_local_key,
     write_keys,
 )
 
@@ -53,13 +57,23 @@ def test_configured_keys_may_be_hashed_and_may_do_everything() -> None:
 
 
 def test_the_local_key_opens_but_does_not_ask(tmp_path: Path) -> None:
-    text = local_key(tmp_path, create=True)
+    renew_local_key(tmp_path)
+    text = local_key(tmp_path)
     assert stat.S_IMODE((tmp_path / "local.key").stat().st_mode) == 0o600
-    assert local_key(tmp_path, create=True) == local_key(tmp_path) == text
-    ring = KeyRing((), None)
-    ring.trust_local(text)
+    ring = KeyRing((), None, local_key_file(tmp_path))
+    ring.refresh()
     assert not ring
-    assert ring.identify(text) is not None
+    caller = ring.identify(text)
+    assert caller is not None
+    assert caller.may(Scope.ADMIN)
+    renew_local_key(tmp_path)
+    ring.refresh()
+    assert ring.identify(text) is None, "it was renewed, maybe by another router"
+    assert ring.identify(local_key(tmp_path)) is not None
+    proof = ring.prove_local("abc", 11434)
+    assert proof == local_proof(key_digest(local_key(tmp_path)), "abc", 11434)
+    assert proof != ring.prove_local("abc", 11435)
+    assert proof != ring.prove_local("abd", 11434)
 
 
 def test_scopes_and_models() -> None:

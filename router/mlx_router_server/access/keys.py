@@ -29,10 +29,14 @@ __all__ = [
     "KeyFileError",
     "KeyRing",
     "Scope",
+    "key_digest",
     "keys_file",
     "local_key",
+    "local_key_file",
+    "local_proof",
     "make_key",
     "read_keys",
+    "renew_local_key",
     "write_keys",
 ]
 
@@ -105,8 +109,11 @@ def _digest(text: str) -> str:
 class KeyRing:
     """The keys in force. ``refresh`` reads the file again when it has changed; everything else is memory."""
 
-    def __init__(self, configured: tuple[str, ...], file: Path | None) -> None:
+    def __init__(self, configured: tuple[str, ...], file: Path | None, local_file: Path | None = None) -> None:
+        """``local_file`` holds the key by which commands of this user on this machine are let in."""
         self._file = file
+        self._local_file = local_file
+        self._local_stamp: tuple[int, int, int] | None = None
         self._stamp: tuple[int, int, int] | None = None
         self._from_file: tuple[Key, ...] = ()
         self._configured: tuple[Key, ...] = ()
@@ -124,13 +131,28 @@ class KeyRing:
             for number, text in enumerate(configured)
         )
 
-    def trust_local(self, text: str) -> None:
-        """The key by which commands of this user on this machine come in; alone it does not make keys be asked for."""
-        self._local = (Key(name="local", digest=_digest(text), scopes=frozenset(Scope)),)
+    def _refresh_local(self) -> None:
+        """Read the local key, which another router with the same home folder may have renewed. Alone it does not make
+        keys be asked for."""
+        if self._local_file is None:
+            return
+        stamp = _stamp(self._local_file)
+        if stamp is None or stamp == self._local_stamp:
+            return
+        text = _read_local_key(self._local_file)
+        if text:
+            self._local_stamp = stamp
+            self._local = (Key(name="local", digest=_digest(text), scopes=frozenset(Scope)),)
+
+    def prove_local(self, challenge: str, port: int) -> str:
+        """What shows a command that this router knows the local key, without telling the key; empty if it does not. The
+        port is part of it, so that another program cannot pass the challenge on to a router at another port."""
+        return local_proof(self._local[0].digest, challenge, port) if self._local else ""
 
     def refresh(self) -> bool:
         """Read the file again if it has changed, and return whether it had. Raises ``KeyFileError``, and then the keys
         stay as they were: a file that is gone or unreadable never opens a server that asked for keys."""
+        self._refresh_local()
         if self._file is None:
             return False
         stamp = _stamp(self._file)
@@ -175,18 +197,36 @@ def keys_file(home: Path) -> Path:
     return home / "keys.json"
 
 
-def local_key(home: Path, *, create: bool = False) -> str:
-    """What proves that a command runs as the same user as the router: a file that only this user can read. Empty where
-    there is none. Raises ``OSError`` when it cannot be made."""
-    file = home / "local.key"
+def local_key_file(home: Path) -> Path:
+    """Holds what proves that a command runs as the same user as the router: only this user can read it."""
+    return home / "local.key"
+
+
+def local_key(home: Path) -> str:
+    """Return the local key; empty where there is none."""
+    return _read_local_key(local_key_file(home))
+
+
+def renew_local_key(home: Path) -> None:
+    """Write a new local key; each start of a router does. Raises ``OSError``."""
+    replace_file(local_key_file(home), (_PREFIX + secrets.token_urlsafe(32)).encode())
+
+
+def _read_local_key(file: Path) -> str:
     try:
-        return file.read_text(encoding="ascii").strip()
+        return file.read_text(encoding="ascii").strip() if file.is_file() else ""
     except (OSError, ValueError):
-        if not create:
-            return ""
-    text = _PREFIX + secrets.token_urlsafe(32)
-    replace_file(file, text.encode())
-    return text
+        return ""
+
+
+def local_proof(digest: str, challenge: str, port: int) -> str:
+    """``digest`` is the SHA-256 of the local key, in hex."""
+    return hmac.new(digest.encode(), f"{challenge}:{port}".encode(), hashlib.sha256).hexdigest()
+
+
+def key_digest(text: str) -> str:
+    """The SHA-256 of a key, in hex."""
+    return _digest(text)
 
 
 def read_keys(file: Path) -> list[Key]:

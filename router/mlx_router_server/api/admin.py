@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -33,6 +35,8 @@ from mlx_router_server.workers.plan import Failure, WorkerView
 __all__ = ["routes"]
 
 
+_LONGEST_CHALLENGE: Final = 128
+_ANSWER_SECONDS: Final = 0.05  # so that the answer is out before the listener closes
 _PAUSED: Final = (State.BACKOFF, State.FAILED)
 
 
@@ -45,8 +49,20 @@ def _json(data: Any, status: int = 200) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """The router's own event loop answers; models are not asked."""
-    return _json({"status": "ok", "version": __version__})
+    """The router's own event loop answers; models are not asked. A command of the same user can have it prove that it
+    knows the local key, before the key is sent to it."""
+    response = _json({"status": "ok", "version": __version__})
+    challenge = request.headers.get("x-mlx-router-challenge", "")
+    _, port = request.scope.get("server") or ("", None)
+    if challenge and len(challenge) <= _LONGEST_CHALLENGE and port:
+        response.headers["x-mlx-router-proof"] = server_of(request).keys.prove_local(challenge, port)
+    return response
+
+
+async def shutdown(request: Request) -> Response:
+    """Begin an orderly shutdown, as SIGTERM does."""
+    asyncio.get_running_loop().call_later(_ANSWER_SECONDS, os.kill, os.getpid(), signal.SIGTERM)
+    return _json({"pid": os.getpid()}, 202)
 
 
 async def ready(request: Request) -> Response:
@@ -319,6 +335,7 @@ def routes() -> list[BaseRoute]:
         Route("/ready", ready),
         Route("/admin/status", status),
         Route("/admin/config", config),
+        Route("/admin/shutdown", shutdown, methods=["POST"]),
         Route("/admin/models/{name:path}/load", load, methods=["POST"]),
         Route("/admin/models/{name:path}/unload", unload, methods=["POST"]),
         Route("/admin/models/{name:path}/pin", pin, methods=["POST"]),

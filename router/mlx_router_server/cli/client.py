@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hmac
 import http.client
 import json
 import os
+import secrets
+import ssl
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
-from mlx_router_server.access.keys import local_key
+from mlx_router_server.access.keys import key_digest, local_key, local_proof
 from mlx_router_server.settings import Settings
 from mlx_router_server.settings_layers import home_folder
 from mlx_router_server.telemetry.logs import one_line
@@ -23,12 +26,21 @@ _CONNECT_SECONDS = 5.0
 def connect(
     settings: Settings, environment: Mapping[str, str] = os.environ, *, answer_seconds: float | None = None
 ) -> Client:
-    """A client for the router that the settings name. Its key is ``MLX_ROUTER_API_KEY``, or else the one by which this
-    user's commands come in, which is told to nobody but this machine."""
-    key = environment.get("MLX_ROUTER_API_KEY", "")
-    if not key and urlsplit(settings.url).hostname in ("127.0.0.1", "::1", "localhost"):
-        key = local_key(home_folder(dict(environment)))
-    return Client(settings.url, key, answer_seconds)
+    """A client for the router that the settings name. Its key is ``MLX_ROUTER_API_KEY``, or else the local key of this
+    user, which is sent to nobody but a router on this machine that has proved to know it."""
+    url = settings.url
+    if settings.origins.get("host") == "OLLAMA_HOST" and environment.get("OLLAMA_HOST", "").strip().lower().startswith(
+        "https://"
+    ):
+        url = "https" + url.removeprefix("http")
+    if key := environment.get("MLX_ROUTER_API_KEY", ""):
+        return Client(url, key, answer_seconds)
+    return Client(url, "", answer_seconds, local_key=_local_key(url, environment))
+
+
+def _local_key(url: str, environment: Mapping[str, str]) -> str:
+    is_here = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+    return local_key(home_folder(dict(environment))) if is_here else ""
 
 
 class NoRouter(Exception):
@@ -60,14 +72,19 @@ class _Shown:
 class Client:
     """Talks to one router; each call is one connection."""
 
-    def __init__(self, url: str, key: str = "", answer_seconds: float | None = None) -> None:
-        """``answer_seconds``: the longest silence; None waits, because an answer may take as long as a load does."""
+    def __init__(self, url: str, key: str = "", answer_seconds: float | None = None, *, local_key: str = "") -> None:
+        """``answer_seconds``: the longest silence; None waits, because an answer may take as long as a load does.
+
+        ``local_key`` is used once the router has proved that it knows it.
+        """
         self.url = url
         self._answer_seconds = answer_seconds
         self._key = key
+        self._unproved_key = local_key
         parts = urlsplit(url)
+        self._is_encrypted = parts.scheme == "https"
         self._host = parts.hostname or "127.0.0.1"
-        self._port = parts.port or 80
+        self._port = parts.port or (443 if self._is_encrypted else 80)
 
     def get(self, path: str) -> Any:
         return self._whole("GET", path, None)
@@ -83,7 +100,7 @@ class Client:
         finally:
             connection.close()
         if response.status != 200:
-            raise _api_error(response.status, data)
+            raise self._api_error(response, data)
         return int(response.headers.get("x-freed-bytes") or 0)
 
     def upload(self, path: str, file: Path, show: Callable[[int], None]) -> None:
@@ -100,7 +117,7 @@ class Client:
             finally:
                 connection.close()
         if response.status not in (200, 201):
-            raise _api_error(response.status, data)
+            raise self._api_error(response, data)
 
     def stream(self, path: str, body: Any) -> Generator[dict[str, Any], None, None]:
         """The objects of an answer, as they come, up to one that says ``done``."""
@@ -120,7 +137,7 @@ class Client:
         connection, response = self._send("POST", path, body)
         try:
             if response.status != 200:
-                raise _api_error(response.status, response.read())
+                raise self._api_error(response, response.read())
             whole = False
             while line := response.readline():
                 data = json.loads(line)
@@ -141,7 +158,7 @@ class Client:
         connection, response = self._send("GET", path, None)
         try:
             if response.status != 200:
-                raise _api_error(response.status, response.read())
+                raise self._api_error(response, response.read())
             kind = ""
             while line := response.readline():
                 name, _, value = line.decode().rstrip("\n").partition(": ")
@@ -173,15 +190,21 @@ class Client:
             raise NoRouter(f"the connection to {self.url} broke off: {error}") from None
         finally:
             connection.close()
-        if response.status != 200:
-            raise _api_error(response.status, data)
-        return json.loads(data) if data else None
+        if response.status not in (200, 202):
+            raise self._api_error(response, data)
+        try:
+            return json.loads(data) if data else None
+        except ValueError:
+            raise NoRouter(self._who_answers()) from None
 
     def _send(
         self, method: str, path: str, body: Any, size: int | None = None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """``size`` is that of a body which is a stream of bytes; any other is sent as JSON."""
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=_CONNECT_SECONDS)
+        if self._unproved_key:
+            key, self._unproved_key = self._unproved_key, ""
+            self._key = key if self._knows(key) else ""
+        connection = self._connection()
         headers = {}
         data = body
         if size is not None:
@@ -199,10 +222,46 @@ class Client:
             connection.close()
             raise NoRouter(f"no router answers at {self.url} ({error}); start one with: mlx-router start") from None
 
+    def _connection(self) -> http.client.HTTPConnection:
+        if not self._is_encrypted:
+            return http.client.HTTPConnection(self._host, self._port, timeout=_CONNECT_SECONDS)
+        return http.client.HTTPSConnection(
+            self._host, self._port, timeout=_CONNECT_SECONDS, context=ssl.create_default_context()
+        )
 
-def _api_error(status: int, data: bytes) -> ApiError:
-    try:
-        message = json.loads(data)["error"]
-    except (ValueError, KeyError, TypeError):
-        message = data[:200].decode("utf-8", "replace") or f"status {status}"
-    return ApiError(status, message if isinstance(message, str) else str(message.get("message", message)))
+    def _knows(self, key: str) -> bool:
+        """Whether the program at the address proves that it knows the local key."""
+        challenge = secrets.token_hex(16)
+        connection = self._connection()
+        try:
+            connection.request("GET", "/health", headers={"x-mlx-router-challenge": challenge})
+            response = connection.getresponse()
+            response.read()
+            proof = response.headers.get("x-mlx-router-proof") or ""
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+        return hmac.compare_digest(proof, local_proof(key_digest(key), challenge, self._port))
+
+    def _api_error(self, response: http.client.HTTPResponse, data: bytes) -> ApiError | NoRouter:
+        if response.status in (404, 405) and "x-request-id" not in response.headers:
+            return NoRouter(self._who_answers())
+        try:
+            message = json.loads(data)["error"]
+        except (ValueError, KeyError, TypeError):
+            message = data[:200].decode("utf-8", "replace") or f"status {response.status}"
+        return ApiError(response.status, message if isinstance(message, str) else str(message.get("message", message)))
+
+    def _who_answers(self) -> str:
+        """A sentence about the program at the address, which is no mlx-router."""
+        try:
+            text, _ = Client(self.url, answer_seconds=_CONNECT_SECONDS).text("/")
+        except NoRouter:
+            text = ""
+        who = "Ollama" if text.strip() == "Ollama is running" else "another program"
+        end = "Quit Ollama" if who == "Ollama" else "End it"
+        return (
+            f"{self.url} is {who}, not mlx-router. {end}, or start mlx-router with "
+            f"--port {self._port + 1} and set MLX_ROUTER_PORT={self._port + 1}"
+        )

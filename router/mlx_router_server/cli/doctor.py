@@ -26,8 +26,9 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from mlx_router_server.access.keys import keys_file, local_key
+from mlx_router_server.access.keys import keys_file
 from mlx_router_server.catalogue.discovery import hub_cache
+from mlx_router_server.catalogue.entry import install_command
 from mlx_router_server.cli.client import ApiError, Client, NoRouter
 from mlx_router_server.cli.tables import human_size, print_json
 from mlx_router_server.settings import Settings
@@ -65,7 +66,13 @@ class Finding:
 def doctor(options: argparse.Namespace, settings: Settings) -> int:
     """Exit status 0 when the router can work, with or without warnings."""
     findings: list[Finding] = []
-    for look in _LOOKS:
+    if error := getattr(options, "settings_error", ""):
+        broken = Finding(level=_PROBLEM, about="configuration", text=error,
+                         mend="Correct the file; `mlx-router config check` reads it again.")  # fmt: skip
+        looks: tuple[Callable[[Settings], Iterator[Finding]], ...] = (lambda settings: iter([broken]), *_LOOKS)
+    else:
+        looks = _LOOKS
+    for look in looks:
         for finding in look(settings):
             findings.append(finding)
             if not options.json:
@@ -121,7 +128,7 @@ def _device(settings: Settings) -> Iterator[Finding]:
     yield Finding(level=_OK, about="MLX device", text=f"{told['device']}, {name}".strip(", "))
     if "gpu" not in told["device"].lower() and sys.platform == "linux":
         yield Finding(level=_WARNING, about="MLX device", text="the CPU: fine for trying, slow for large models",
-                      mend="With an NVIDIA GPU: pip install 'mlx-router-server[cuda]'")  # fmt: skip
+                      mend=f"With an NVIDIA GPU: {install_command('cuda')}")  # fmt: skip
         yield from _compiler()
 
 
@@ -167,7 +174,7 @@ def _variable(about: str) -> str:
 
 
 def _config(settings: Settings) -> Iterator[Finding]:
-    """One that cannot be read has been told before any look."""
+    """One that cannot be read is the first finding."""
     file = config_file(dict(os.environ))
     yield Finding(level=_OK, about="configuration", text=str(file) if file.exists() else "none: the defaults")
     for name, said in settings.models.items():
@@ -192,7 +199,7 @@ def _permissions(settings: Settings) -> Iterator[Finding]:
 
 
 def _port(settings: Settings) -> Iterator[Finding]:
-    client = Client(settings.url, local_key(home_folder(dict(os.environ))))
+    client = Client(settings.url)
     try:
         text, _ = client.text("/health")
         ours = '"version"' in text and '"ok"' in text

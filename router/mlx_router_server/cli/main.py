@@ -38,14 +38,8 @@ def main() -> None:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.prompt += rest  # argparse has given up on a list of words when a flag stood before it
     try:
-        # A service reads the settings of its unit.
-        settings = (
-            Settings()
-            if options.command is service.service
-            else load_settings(flags_of(options), dict(os.environ), options.config)
-        )
         command: Command = options.command
-        status = command(options, settings)
+        status = command(options, _settings_for(options))
     except SettingsError as error:
         status = _complain(str(error), EXIT_USAGE)
     except NoRouter as error:
@@ -58,6 +52,25 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_FAILED
     sys.exit(status)
+
+
+def _settings_for(options: argparse.Namespace) -> Settings:
+    """The settings that a command uses. A file that cannot be read stops the commands that run a router or show the
+    settings; the others go on without it and say so, and doctor reports it among its findings."""
+    command: Command = options.command
+    if command is service.service:
+        return Settings()  # a service reads the settings of its unit
+    try:
+        return load_settings(flags_of(options), dict(os.environ), options.config)
+    except SettingsError as error:
+        if command in (start.start, config.show):
+            raise
+        settings = load_settings(flags_of(options), dict(os.environ), options.config, ignore_file=True)
+        if command is doctor.doctor:
+            options.settings_error = str(error)
+        elif command not in (config.path, config.schema, config.check, completion.completion, models.version):
+            _complain(f"the configuration is left out: {error}", 0)
+        return settings
 
 
 def _complain(text: str, status: int) -> int:
@@ -101,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     chat = _client(commands.add_parser("run", help="chat with a model, or answer one prompt"), run.run)
     chat.add_argument("model", metavar="MODEL")
-    chat.add_argument("prompt", nargs="*", metavar="PROMPT")
+    chat.add_argument("prompt", nargs="*", default=[], metavar="PROMPT")
     chat.add_argument("--keepalive", metavar="DURATION", help="how long the model stays loaded afterwards")
     chat.add_argument("--think", choices=("true", "false", "low", "medium", "high", "max"), help="think or do not")
     chat.add_argument("--hidethinking", action="store_true", help="do not show the thinking")
@@ -157,9 +170,8 @@ def _complete_models(commands: dict[str, argparse.ArgumentParser]) -> None:
 
 def _common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration file")
-    for name in ("host", "port"):
-        field = next(field for field in describe_settings() if field.name == name)
-        parser.add_argument(f"--{name}", metavar=name.upper(), help=field.metadata["help"])
+    parser.add_argument("--host", metavar="HOST", help="address of the router (default: 127.0.0.1)")
+    parser.add_argument("--port", metavar="PORT", help="port of the router (default: 11434)")
     return parser
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 import time
 from typing import Any
 
 from mlx_router_server.catalogue.aliases import SHIPPED
-from mlx_router_server.cli.client import ApiError, NoRouter, connect
+from mlx_router_server.cli.client import ApiError, Client, NoRouter, connect
 from mlx_router_server.cli.gone import footprint_of
 from mlx_router_server.cli.tables import ago, human_size, print_json, print_table, until
 from mlx_router_server.settings import Settings
@@ -21,6 +19,7 @@ __all__ = ["list_models", "load", "pin", "plan", "ps", "show", "status", "stop",
 _NOT_RUNNING = ("unloaded", "backoff", "failed")
 _PARTS = ("license", "modelfile", "parameters", "template", "system")
 _SHOWN_LINES = 4
+_POLL_SECONDS = 0.1
 
 
 def list_models(options: argparse.Namespace, settings: Settings) -> int:
@@ -234,35 +233,46 @@ def stop(options: argparse.Namespace, settings: Settings) -> int:
         client.post("/api/generate", {"model": options.model, "keep_alive": 0})
         return 0
     try:
-        data = client.get("/admin/status")
-        pid = data["router"]["pid"]
-    except (ApiError, KeyError, TypeError):
+        footprint = footprint_of(client.get("/admin/status"))
+        client.post("/admin/shutdown")
+    except (KeyError, TypeError):
         print(f"mlx-router: {client.url} is not an mlx-router; it is left alone", file=sys.stderr)
-        return 1
-    footprint = footprint_of(data)
-    try:
-        os.kill(pid, signal.SIGTERM)
-    except (ProcessLookupError, PermissionError) as error:
-        print(f"mlx-router: pid {pid} cannot be stopped: {error.strerror}", file=sys.stderr)
         return 1
     limit = options.timeout or settings.drain_timeout_seconds + settings.stop_timeout_seconds + 20
     began = time.monotonic()
-    if left := footprint.what_is_left(limit):
+    left = footprint.what_is_left(limit) if footprint is not None else _still_answers(client, limit)
+    if left:
         print(f"mlx-router: {left}", file=sys.stderr)
         return 1
-    print(f"stopped (pid {pid}, {time.monotonic() - began:.1f} s)")
+    where = f"pid {footprint.router_pid}" if footprint is not None else client.url
+    print(f"stopped ({where}, {time.monotonic() - began:.1f} s)")
     return 0
 
 
+def _still_answers(client: Client, limit_seconds: float) -> str:
+    """Wait until nothing answers at the address of a router whose processes cannot be seen from here."""
+    began = time.monotonic()
+    while time.monotonic() - began < limit_seconds:
+        try:
+            client.text("/health")
+        except NoRouter:
+            return ""
+        time.sleep(_POLL_SECONDS)
+    return f"still answers after {limit_seconds:g} s: {client.url}"
+
+
 def version(options: argparse.Namespace, settings: Settings) -> int:
+    other = ""
     try:
         router = connect(settings).get("/health").get("version")
-    except (NoRouter, ApiError, AttributeError):
+    except (ApiError, AttributeError):
         router = None
+    except NoRouter as error:
+        router, other = None, str(error) if ", not mlx-router" in str(error) else ""
     if options.json:
         return print_json({"client": __version__, "router": router})
     print(f"mlx-router {__version__}")
     if router != __version__:
         where = f"the router at {settings.url}"
-        print(f"{where} is version {router}" if router else f"{where} does not answer")
+        print(f"{where} is version {router}" if router else other or f"{where} does not answer")
     return 0

@@ -1,0 +1,203 @@
+"""What a command does when the address is not a plain mlx-router of this machine, or the configuration is broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_router_server.access.keys import local_key, renew_local_key
+from tests.support.command import command, command_on
+from tests.support.http import call
+from tests.support.router import DEADLINE, RouterProcess, running_router
+
+_PID = os.getpid()
+
+
+class _Recorder(BaseHTTPRequestHandler):
+    """Keeps what it is sent; answers as its subclasses say."""
+
+    seen: list[str]
+
+    def answer(self) -> tuple[int, bytes, dict[str, str]]:
+        raise NotImplementedError
+
+    def do_GET(self) -> None:
+        size = int(self.headers.get("content-length") or 0)
+        type(self).seen.append(f"{self.path}\n{self.headers}\n{self.rfile.read(size)!r}")
+        status, body, headers = self.answer()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_DELETE = do_GET  # noqa: N815
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+class _Ollama(_Recorder):
+    """Has the routes that Ollama has, as far as these tests go."""
+
+    def answer(self) -> tuple[int, bytes, dict[str, str]]:
+        if self.path == "/":
+            return 200, b"Ollama is running", {}
+        if self.path == "/api/tags":
+            return 200, b'{"models": []}', {}
+        return 404, b"404 page not found", {}
+
+
+class _Stranger(_Recorder):
+    def answer(self) -> tuple[int, bytes, dict[str, str]]:
+        return 200, b"<html>hello</html>", {}
+
+
+class _Impostor(_Recorder):
+    """Answers as a router would that runs as a process of this machine; the process is another one."""
+
+    def answer(self) -> tuple[int, bytes, dict[str, str]]:
+        status = {"router": {"pid": _PID, "standby_pids": [], "started_at": 0.0}, "models": []}
+        body = {"/health": {"status": "ok", "version": "1"}, "/admin/status": status}.get(self.path, {})
+        headers = {"x-request-id": "1", "x-mlx-router-proof": "0" * 64}
+        if self.path == "/admin/shutdown":
+            threading.Thread(target=self.server.shutdown, daemon=True).start()
+        return 200, json.dumps(body).encode(), headers
+
+
+@contextmanager
+def _listening(kind: type[_Recorder]) -> Iterator[tuple[int, list[str]]]:
+    seen: list[str] = []
+    handler: Any = type("Handler", (kind,), {"seen": seen})
+    server = HTTPServer(("127.0.0.1", 0), handler)
+
+    def serve() -> None:
+        server.serve_forever(poll_interval=0.02)
+        server.server_close()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield server.server_port, seen
+    finally:
+        server.shutdown()
+        thread.join(DEADLINE)
+
+
+@pytest.mark.parametrize("kind", [_Ollama, _Stranger, _Impostor])
+def test_no_other_program_is_told_the_local_key(tmp_path: Path, kind: type[_Recorder]) -> None:
+    renew_local_key(tmp_path)
+    key = local_key(tmp_path)
+    for arguments in (("list",), ("ps",), ("status",), ("run", "demo", "hi"), ("version",), ("stop",), ("doctor",)):
+        with _listening(kind) as (port, seen):
+            command(*arguments, port=port, home=tmp_path)
+            assert seen, arguments
+            assert not [text for text in seen if key in text or "authorization" in text.lower()], arguments
+
+
+def test_a_router_that_proves_itself_is_told_the_local_key(home: Path) -> None:
+    with running_router(home, "--api-keys", "a-key-that-is-needed-0123456789") as router:
+        assert call(router, "GET", "/admin/status").status == 401
+        assert command_on(router, "status", home=home).returncode == 0
+        wrong = command_on(router, "status", home=home / "nowhere")
+        assert (wrong.returncode, "key" in wrong.stderr) == (1, True)
+        old = local_key(home)
+        renew_local_key(home)  # as another router of the same user does that starts beside this one
+        assert local_key(home) != old
+        assert command_on(router, "status", home=home).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "who", "end"), [(_Ollama, "Ollama", "Quit Ollama"), (_Stranger, "another program", "End it")]
+)
+def test_another_program_at_the_address_is_named(kind: type[_Recorder], who: str, end: str) -> None:
+    with _listening(kind) as (port, _):
+        url = f"http://127.0.0.1:{port}"
+        for arguments in (("ps",), ("status",), ("load", "demo"), ("stop",)):
+            if kind is _Ollama and arguments == ("ps",):
+                continue
+            done = command(*arguments, port=port)
+            assert done.returncode == 3, (arguments, done.stderr)
+            assert done.stderr.startswith(f"mlx-router: {url} is {who}, not mlx-router. {end}"), done.stderr
+            assert f"--port {port + 1}" in done.stderr
+            assert done.stderr.count("\n") == 1
+        assert f"is {who}, not mlx-router" in command("version", port=port).stdout
+
+
+def test_stop_signals_no_process_that_the_answer_merely_names(tmp_path: Path) -> None:
+    """A forwarded port answers with numbers of processes of another machine."""
+    with _listening(_Impostor) as (port, seen):
+        done = command("stop", port=port, home=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"stopped (http://127.0.0.1:{port}, ")
+        assert any(text.startswith("/admin/shutdown\n") for text in seen)
+    assert os.getpid() == _PID, "this process was named, and lives"
+
+
+def test_an_https_address_is_spoken_to_in_tls() -> None:
+    first: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(DEADLINE)
+
+        def take() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(DEADLINE)
+                first.append(connection.recv(16))
+
+        thread = threading.Thread(target=take, daemon=True)
+        thread.start()
+        address = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        done = command("ps", environment={"OLLAMA_HOST": address})
+        thread.join(DEADLINE)
+    assert first[0][:2] == b"\x16\x03", "a handshake of TLS"
+    assert done.returncode == 3
+    assert f"no router answers at {address}" in done.stderr
+
+
+@pytest.fixture
+def broken_home(tmp_path: Path) -> Path:
+    (tmp_path / "config.toml").write_text("port = \n")
+    return tmp_path
+
+
+def test_a_broken_configuration_stops_only_what_needs_it(demo_router: RouterProcess, broken_home: Path) -> None:
+    for arguments in (("start",), ("config", "show"), ("config", "check")):
+        done = command_on(demo_router, *arguments, home=broken_home)
+        assert done.returncode in (1, 2), arguments
+        assert "config.toml" in done.stderr + done.stdout, arguments
+    for arguments in (("ps",), ("list",), ("status",), ("stop", "demo")):
+        done = command_on(demo_router, *arguments, home=broken_home)
+        assert done.returncode == 0, (arguments, done.stderr)
+        assert done.stderr.startswith("mlx-router: the configuration is left out: "), arguments
+        assert "config.toml" in done.stderr
+    for arguments in (("config", "path"), ("version",)):
+        done = command_on(demo_router, *arguments, home=broken_home)
+        assert (done.returncode, done.stderr) == (0, ""), arguments
+
+
+def test_doctor_reports_a_broken_configuration_among_its_findings(broken_home: Path) -> None:
+    done = command("doctor", "--json", home=broken_home, port=1)
+    findings = json.loads(done.stdout)
+    found = [finding for finding in findings if finding["about"] == "configuration"]
+    assert done.returncode == 1
+    assert found[0]["level"] == "problem"
+    assert "config.toml" in found[0]["text"]
+    assert "config check" in found[0]["mend"]
+    assert {finding["about"] for finding in findings} > {"Python", "memory"}, "it looks at all else as well"
+
+
+def test_help_of_client_commands_speaks_of_the_routers_address() -> None:
+    text = command("ps", "--help").stdout
+    assert "address of the router" in text
+    assert "listen" not in text
