@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.events import EventStream
 from tests.support.fakes import fake_config
-from tests.support.http import call
+from tests.support.http import RawStream, call
 from tests.support.router import RouterProcess, running_router, wait_until
 
 _STREAMS = 16
@@ -243,3 +245,20 @@ def test_prompts_are_logged_when_a_setting_says_so_and_that_is_said(home: Path) 
         line = router.wait_line("event=prompt ")
         assert "a public thing" in line
         assert " request=req_" in line
+
+
+def test_the_tokens_of_an_answer_that_breaks_off_are_counted(home: Path) -> None:
+    """At warnings only, the log still has what an operator is woken for."""
+    slow = {"a": {"tokens": 1000, "tokens_per_second": 200}}
+    with running_router(home, *fake_config(home, slow), "--log-level", "warning") as router:
+        stream = RawStream(router, "/api/generate", {"model": "a", "prompt": "go on then", "stream": True})
+        stream.read_until(b"a:latest-20")
+        os.kill(router.model("a")["pid"], signal.SIGKILL)
+        told = stream.read_to_end()
+        assert b"error" in told
+        found = wait_until(lambda: _by(_samples(router), "completion_tokens_total", "model"), "they are counted")
+        assert 20 <= found["a:latest"] < 1000
+        assert _by(_samples(router), "prompt_tokens_total", "model")["a:latest"] > 0
+        assert "WARNING" not in router.wait_line("event=worker_failed").partition("event=")[0]
+        assert "ERROR" in router.wait_line("event=worker_failed").partition("event=")[0]
+        assert "event=loaded" not in router.log

@@ -121,7 +121,7 @@ class Answer:
         renderer = self._style.stream() if self._call.stream and self._style.stream is not None else None
         if self._call.ignored:
             log.info("event=ignored_fields request=%s names=%r", request_id, ",".join(self._call.ignored))
-        outcome = "ok"
+        outcome = "internal"  # unless something better is known: an exception that nobody expected is a defect
         happenings = self._server.supervisor.happenings
         happenings.tell("request", request=request_id, model=self._name, stream=self._call.stream)
         try:
@@ -132,6 +132,7 @@ class Answer:
                     await self._send_whole(lease, send)
             else:
                 await self._send_stream(renderer, request_id, send)
+            outcome = "ok"
         except asyncio.CancelledError:
             outcome = "client_left"
             raise

@@ -16,6 +16,7 @@ from mlx_router_shared.generation import (
     Event,
     Finish,
     ReasoningDelta,
+    Started,
     TextDelta,
     ToolCallArguments,
     ToolCallDone,
@@ -24,6 +25,7 @@ from mlx_router_shared.generation import (
 
 __all__ = ["AnswerFigures", "routes"]
 
+_PIECES = (TextDelta, ReasoningDelta, ToolCallArguments)
 _TOKENS = (TextDelta, ReasoningDelta, ToolCallArguments, ToolCallDone)
 
 
@@ -38,16 +40,25 @@ class AnswerFigures:
     decode_seconds: float = 0.0
     first_token_at: float | None = None
     """Monotonic clock."""
+    _pieces: int = 0
+    """Counted as tokens until the engine says how many they were; that is all there is of an answer that breaks off."""
 
     def note(self, events: list[Event]) -> None:
         """Look at what the worker has told; called for each message, so it has to be cheap."""
         if self.first_token_at is None and any(isinstance(event, _TOKENS) for event in events):
             self.first_token_at = time.monotonic()
+        for event in events:
+            if isinstance(event, Started):
+                self.prompt_tokens += event.prompt_tokens
+            elif isinstance(event, _PIECES):
+                self._pieces += 1
+                self.completion_tokens += 1
         if events and isinstance(events[-1], Finish):
             for event in events:
                 if isinstance(event, Usage):
-                    self.prompt_tokens += event.prompt_tokens
-                    self.completion_tokens += event.completion_tokens
+                    # What the engine counted, instead of the pieces of this choice that were counted on the way.
+                    self.completion_tokens += event.completion_tokens - self._pieces
+                    self._pieces = 0
                     self.decode_seconds += event.decode_seconds
 
     def as_dict(self, received: float) -> dict[str, int | float | None]:

@@ -172,6 +172,11 @@ class Lifecycle:
             self._refuse_if_busy(event.ticket, now)
         return books.effects
 
+    def take_effects(self) -> list[Effect]:
+        """What was decided before ``handle`` raised, once."""
+        effects, self._books.effects = self._books.effects, []
+        return effects
+
     def _settle(self, now: float) -> None:
         """Room for those who wait, leases for those who can have them, until nothing follows from anything."""
         self._queue_wishes(now)

@@ -124,13 +124,15 @@ class _Download:
         return sum(file.completed for file in files), sum(file.total for file in files)
 
     async def events(self) -> AsyncGenerator[JobEvent, None]:
+        """Each event once, in order; those that were noted while the last one was taken are not skipped."""
         seen = 0
         while True:
             changed = self._changed
-            for number, event in list(self._told.values()):
-                if number > seen:
-                    yield event
-                    if isinstance(event, JobDone | JobFailed):
-                        return
-            seen = max((number for number, _ in self._told.values()), default=0)
-            await changed.wait()
+            new = sorted((pair for pair in self._told.values() if pair[0] > seen), key=lambda pair: pair[0])
+            for number, event in new:
+                seen = number
+                yield event
+                if isinstance(event, JobDone | JobFailed):
+                    return
+            if not new:
+                await changed.wait()

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _TAIL_LINES: Final = 40
 _LINE_BYTES: Final = 4096
+_TRACEBACK: Final = "Traceback (most recent call last):"
+_TRACEBACK_LINES: Final = 60
 _LAST_WORDS_SECONDS: Final = 0.5
 _PASSED_ON: Final = frozenset(
     [
@@ -74,6 +76,7 @@ class WorkerProcess:
         self.label = worker_id
         """What its lines in the log are marked with; the model's name once it has one."""
         self._process = process
+        self._traceback: list[str] = []
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._relay = asyncio.create_task(self._relay_stderr(), name=f"stderr-{worker_id}")
 
@@ -119,6 +122,23 @@ class WorkerProcess:
         last = next((line for line in reversed(self._tail) if line.strip()), "")
         return f"its worker process {how}" + (f" ({last.strip()[:200]})" if last and status >= 0 else "")
 
+    def _log_line(self, text: str) -> None:
+        """A line each, but for tracebacks, which are one record."""
+        if text.startswith(_TRACEBACK):
+            self._log_traceback()
+            self._traceback = [text]
+        elif self._traceback:
+            self._traceback.append(text)
+            if not text.startswith(" ") and text:  # the exception itself ends it
+                self._log_traceback()
+        else:
+            log.info("event=worker_output worker=%s text=%r", self.label, text)
+
+    def _log_traceback(self) -> None:
+        lines, self._traceback = self._traceback, []
+        if lines:
+            log.warning("event=worker_traceback worker=%s text=%r", self.label, "\n".join(lines[-_TRACEBACK_LINES:]))
+
     async def _relay_stderr(self) -> None:
         stream = self._process.stderr
         assert stream is not None
@@ -128,10 +148,11 @@ class WorkerProcess:
             except ValueError:  # a line longer than the reader's limit; the rest of it comes next
                 continue
             if not line:
+                self._log_traceback()
                 return
             text = line[:_LINE_BYTES].decode("utf-8", "replace").rstrip()
             self._tail.append(text)
-            log.info("event=worker_output worker=%s text=%r", self.label, text)
+            self._log_line(text)
 
 
 async def launch(bootstrap: Bootstrap) -> WorkerProcess:

@@ -11,9 +11,10 @@ import asyncio
 import logging
 import os
 import secrets
+import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final, assert_never
 
@@ -74,6 +75,12 @@ log = logging.getLogger(__name__)
 _NEVER: Final = 1e9
 _HASTY_SECONDS: Final = 1.0
 _NO_WISHES: Final = Wishes()
+_LEVELS: Final = dict.fromkeys(("refused", "waited_too_long", "over_budget", "memory_pressure"), logging.WARNING) | {
+    "worker_failed": logging.ERROR
+}
+"""Of decisions that an operator should see when only warnings are logged."""
+_FIRST_PAUSE_SECONDS: Final = 0.05
+_MOST_DEFECTS: Final = 20
 
 
 class Supervisor:
@@ -300,23 +307,48 @@ class Supervisor:
     def _post(self, event: LifecycleEvent) -> None:
         self._events.put_nowait(event)
 
+    def _decide(self, event: LifecycleEvent) -> None:
+        """Take a decision and carry it out. A defect keeps no other effect from being carried out: the state has moved,
+        and whoever waits for an effect must get it."""
+        defects: list[Exception] = []
+        try:
+            effects = self._lifecycle.handle(event, time.monotonic())
+        except Exception as error:
+            defects.append(error)
+            effects = self._lifecycle.take_effects()
+        for effect in effects:
+            try:
+                self._perform(effect)
+            except Exception as error:
+                defects.append(error)
+        if defects:
+            raise ExceptionGroup(f"defects in the decision about {type(event).__name__}", defects)
+
     async def _own(self) -> None:
+        defects = 0
         while True:
-            deadline = self._lifecycle.next_deadline()
-            taken = True
+            event: LifecycleEvent = Ticked()
+            taken = False
             try:
-                async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._seconds_until(deadline)):
-                    event = await self._events.get()
-            except TimeoutError:
-                event, taken = Ticked(), False
-            try:
+                until = asyncio.get_running_loop().time() + self._seconds_until(self._lifecycle.next_deadline())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(until):
+                        event = await self._events.get()
+                        taken = True
                 if isinstance(event, WorkerFailed | WorkerExited):
                     self._note_failure(event)
-                for effect in self._lifecycle.handle(event, time.monotonic()):
-                    self._perform(effect)
+                self._decide(event)
             except Exception:
-                # A defect in one decision must not end all others; the state machine refuses what it does not know.
+                # A defect in one decision must not end all others. One that comes back at once, as a deadline does,
+                # must not keep the loop busy either; a service manager starts a router anew that gives up.
+                defects += 1
                 log.exception("event=lifecycle_error cause=%s", type(event).__name__)
+                if defects >= _MOST_DEFECTS:
+                    log.critical("event=router_gives_up reason=%r", f"{defects} decisions in a row failed")
+                    os.kill(os.getpid(), signal.SIGTERM)
+                await asyncio.sleep(min(_FIRST_PAUSE_SECONDS * 2**defects, 1.0))
+            else:
+                defects = 0
             self.turns += 1
             if taken:
                 self._events.task_done()
@@ -352,7 +384,9 @@ class Supervisor:
                 self.happenings.tell("state", model=effect.model, old=effect.old, new=effect.new, reason=effect.reason)
             case Decided():
                 fields = " ".join(f"{name}={value!r}" for name, value in effect.fields.items())
-                log.info("event=%s model=%r %s", effect.what, effect.model, fields)
+                log.log(
+                    _LEVELS.get(effect.what, logging.INFO), "event=%s model=%r %s", effect.what, effect.model, fields
+                )
                 self.happenings.tell("decision", what=effect.what, model=effect.model, **effect.fields)
             case _:
                 assert_never(effect)

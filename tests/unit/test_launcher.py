@@ -1,0 +1,59 @@
+"""What becomes of the lines that a worker writes to standard error."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from mlx_router_server.workers.launcher import WorkerProcess
+
+_TRACEBACK = """Traceback (most recent call last):
+  File "x.py", line 1, in <module>
+    raise KeyError("weights")
+KeyError: 'weights'
+"""
+
+
+class _Process:
+    """As much of ``asyncio.subprocess.Process`` as is used."""
+
+    pid, returncode, stdin = 1, 0, None
+
+    def __init__(self, text: str) -> None:
+        self.stderr = asyncio.StreamReader()
+        self.stderr.feed_data(text.encode())
+        self.stderr.feed_eof()
+
+    async def wait(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("text", "records"),
+    [
+        ("loading\n" + _TRACEBACK + "done\n", ["INFO loading", "WARNING Traceback", "INFO done"]),
+        # One that was caused by another is two, and none is lost when the process ends within it.
+        (
+            _TRACEBACK + "\nDuring handling of the above exception, another exception occurred:\n\n" + _TRACEBACK[:50],
+            ["WARNING Traceback", "INFO ", "INFO During handling", "INFO ", "WARNING Traceback"],
+        ),
+    ],
+)
+def test_a_traceback_is_one_record(text: str, records: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+    async def relay() -> None:
+        process: Any = _Process(text)
+        await WorkerProcess("w-1", process).wait()
+
+    asyncio.run(relay())
+    said = [
+        f"{record.levelname} {(record.args or ('', ''))[1]}"  # type: ignore[index]
+        for record in caplog.records
+        if record.name.endswith("launcher")
+    ]
+    assert len(said) == len(records)
+    for have, want in zip(said, records, strict=True):
+        assert have.startswith(want)
