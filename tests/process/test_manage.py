@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
+import resource
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER
+from mlx_router_server.jobs.process import run_job
+from mlx_router_shared.jobs import JobEvent, JobFailed, QuantizeJob
 from tests.support.http import Reply, call
 from tests.support.hub import Hub, running_hub
 from tests.support.router import RouterProcess, running_router, wait_until
@@ -415,3 +420,79 @@ def test_the_official_client_manages_models(home: Path, tmp_path: Path) -> None:
             with pytest.raises(ollama.ResponseError, match="hf upload"):
                 client.push("demo")
             client._client.close()
+
+
+def test_a_removed_home_folder_is_made_again(home: Path) -> None:
+    with running_router(home, "--standby-workers", "0") as router:
+        assert _post(router, "/api/copy", source="demo", destination="before").status == 200
+        shutil.rmtree(home / "store")
+        wait_until(lambda: "before:latest" not in _names(router), "it is seen gone")
+        assert _post(router, "/api/copy", source="demo", destination="after").status == 200
+        assert "after:latest" in _names(router)
+        _upload(router, b"{}")
+
+
+def test_a_store_that_cannot_be_written_is_told_and_nothing_is_lost(home: Path) -> None:
+    with running_router(home, "--standby-workers", "0") as router:
+        _post(router, "/api/copy", source="demo", destination="kept")
+        before = resource.prlimit(router.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        copied = _post(router, "/api/copy", source="demo", destination="new")
+        assert copied.status == 507
+        assert copied.json()["error"].startswith("the server cannot keep this: file too large")
+        assert str(home) not in copied.body.decode()
+        *begin, last = _post(router, "/api/create", model="new", **{"from": "demo"}).lines()
+        assert begin
+        assert last["error"].startswith("the server cannot keep this: ")
+        data = b"x" * 10
+        upload = call(router, "POST", f"/api/blobs/sha256:{hashlib.sha256(data).hexdigest()}", data)
+        assert upload.status == 507
+        resource.prlimit(router.pid, resource.RLIMIT_FSIZE, before)
+        assert {"kept:latest"} == {name for name in _names(router) if name.startswith(("kept", "new"))}
+        assert _post(router, "/api/copy", source="demo", destination="new").status == 200
+        assert "event=storage_fault" in router.log
+        # Folders in place of which something else lies: nothing of the path is told.
+        shutil.rmtree(home / "store" / "manifests")
+        (home / "store" / "manifests").write_text("")
+        for path, body in (
+            ("/api/copy", {"source": "demo", "destination": "c"}),
+            ("/api/create", {"model": "c", "from": "demo"}),
+            ("/api/create", {"model": "c", "from": "demo", "stream": False}),
+        ):
+            reply = _post(router, path, **body)
+            assert reply.status == 507, (path, reply.body)
+            assert reply.json()["error"].startswith("the server cannot keep this: "), path
+            assert str(home) not in reply.body.decode()
+
+
+def test_the_same_model_changed_by_many_at_once(router: RouterProcess) -> None:
+    """Each change is done or finds that the model is gone."""
+    for _ in range(5):
+        assert _post(router, "/api/create", model="shared", system="x", stream=False, **{"from": "demo"}).status == 200
+        with ThreadPoolExecutor(12) as pool:
+            changes = [
+                *(pool.submit(call, router, "DELETE", "/api/delete", {"model": "shared"}) for _ in range(4)),
+                *(pool.submit(_post, router, "/api/copy", source="shared", destination=f"s{n}") for n in range(4)),
+                *(
+                    pool.submit(_post, router, "/api/create", model=f"t{n}", stream=False, **{"from": "shared"})
+                    for n in range(4)
+                ),
+            ]
+            replies = [change.result() for change in changes]
+        assert {reply.status for reply in replies} <= {200, 404}, [reply.body for reply in replies]
+        assert sum(reply.status == 200 for reply in replies[:4]) == 1
+        for name in [name for name in _names(router) if name[0] in "st" and name[1].isdigit()]:
+            assert call(router, "DELETE", "/api/delete", {"model": name}).status == 200
+
+
+def test_a_job_that_tells_nothing_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As one that was stopped, or hangs in a driver."""
+    monkeypatch.setattr("mlx_router_server.jobs.process._SILENCE_SECONDS", 0.05)
+
+    async def run() -> list[JobEvent]:
+        job = QuantizeJob(source=str(tmp_path), target=str(tmp_path), bits=4, group_size=64, mode="affine")
+        async with asyncio.timeout(30):
+            return [event async for event in run_job(job)]
+
+    (last,) = asyncio.run(run())
+    assert isinstance(last, JobFailed)
+    assert last.message == "the job has told nothing for 0.05 s and was ended"

@@ -7,8 +7,10 @@ import http.client
 import json
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from mlx_router_server.jobs.pull import Pull
 from mlx_router_shared.jobs import OURS, PullJob
 from tests.support.http import RawStream, Reply, call
 from tests.support.hub import Hub, running_hub
-from tests.support.router import DEADLINE, RouterProcess, running_router, wait_until
+from tests.support.router import DEADLINE, RouterProcess, running_router, still_alive, wait_until
 
 _REPO = "mlx-community/Tiny-4bit"
 
@@ -184,6 +186,32 @@ def _ignore_errors(router: RouterProcess) -> None:
         _pull(router)
     except (OSError, http.client.HTTPException, ValueError, AssertionError):
         pass  # the router is killed meanwhile
+
+
+def test_a_second_signal_ends_downloads_as_well(hub: Hub, home: Path, tmp_path: Path) -> None:
+    folder = _large(tmp_path)
+    hub.add_folder(_REPO, folder)
+    hub.gate = threading.Event()
+    with _with(hub, home) as router, ThreadPoolExecutor(1) as pool:
+        pulling = pool.submit(_pull, router)
+        wait_until(lambda: _part_size(home), "some of it has come")
+        jobs = _jobs(router)
+        router.process.terminate()
+        wait_until(lambda: _is_closed(router), "it takes no new connections")
+        assert not pulling.done(), "the first signal cuts nothing"
+        router.process.terminate()
+        assert "shutting down" in pulling.result(DEADLINE)[-1]["error"]
+        assert router.process.wait(DEADLINE) == -signal.SIGTERM
+        assert still_alive(jobs) == []
+
+
+def _is_closed(router: RouterProcess) -> bool:
+    parts = urlsplit(router.url)
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 0), DEADLINE).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def test_two_who_want_the_same_share_one_download(hub: Hub, home: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from mlx_router_server.api.errors import error_response
 from mlx_router_server.api.server import caller_of, server_of
 from mlx_router_server.catalogue.names import ModelName, parse_name
 from mlx_router_server.catalogue.overlay import Overlay, Turn
+from mlx_router_server.catalogue.store import Store
 from mlx_router_server.dialects.body import ndjson_line
 from mlx_router_server.dialects.fields import shown_in_header
 from mlx_router_server.dialects.ollama_management import (
@@ -37,6 +38,7 @@ from mlx_router_server.dialects.statuses import for_the_public
 from mlx_router_server.management.creating import Creation, Creator, Quantization
 from mlx_router_server.management.models import Models
 from mlx_router_server.management.removing import Remover
+from mlx_router_server.management.storage import storage_faults
 from mlx_router_shared.errors import (
     Forbidden,
     InsufficientStorage,
@@ -69,7 +71,10 @@ class Progress:
     Closing the connection ends the work, unless somebody else wants it as well.
     """
 
-    def __init__(self, work: AsyncGenerator[JobEvent, None], *, lines: bool, ignored: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, models: Models, work: AsyncGenerator[JobEvent, None], *, lines: bool, ignored: tuple[str, ...] = ()
+    ) -> None:
+        self._models = models
         self._work = work
         self._lines = lines
         self._headers = {"x-ignored-fields": shown_in_header(ignored)} if ignored else {}
@@ -83,13 +88,14 @@ class Progress:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
         try:
-            async with aclosing(self._work) as events:
-                async for event in events:
-                    if self._lines:
-                        if not begun:
-                            begun = True
-                            await send(self._head(_NDJSON))
-                        await send(_part(status_line(event)))
+            with self._models.working(), storage_faults():
+                async with aclosing(self._work) as events:
+                    async for event in events:
+                        if self._lines:
+                            if not begun:
+                                begun = True
+                                await send(self._head(_NDJSON))
+                            await send(_part(status_line(event)))
             if self._lines:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
             else:
@@ -130,7 +136,7 @@ async def pull(request: Request) -> Progress:
     models = _models(request)
     await server_of(request).catalogue.wait_ready()
     work = models.pull(name)
-    return Progress(_begun(work) if lines else work, lines=lines, ignored=ignored)
+    return Progress(models, _begun(work) if lines else work, lines=lines, ignored=ignored)
 
 
 async def _begun(work: AsyncGenerator[JobEvent, None]) -> AsyncGenerator[JobEvent, None]:
@@ -169,12 +175,14 @@ async def create(request: Request) -> Progress:
         quantization=Quantization(bits=asked.quantization[0], group_size=asked.quantization[1],
                                   mode=asked.quantization[2]) if asked.quantization else None,
     )  # fmt: skip
-    work = Creator(_models(request)).create(creation)
+    models = _models(request)
+    work = Creator(models).create(creation)
     try:
-        first = await anext(work)  # what is wrong from the start is told by the status
+        with storage_faults():
+            first = await anext(work)  # what is wrong from the start is told by the status
     except StopAsyncIteration:
         first = JobDone()
-    return Progress(_after(first, work), lines=asked.stream, ignored=asked.ignored)
+    return Progress(models, _after(first, work), lines=asked.stream, ignored=asked.ignored)
 
 
 async def _after(first: JobEvent, work: AsyncGenerator[JobEvent, None]) -> AsyncGenerator[JobEvent, None]:
@@ -194,7 +202,8 @@ async def copy(request: Request) -> Response:
         entry = await server_of(request).resolve(source, caller_of(request), by_operator=True)  # it loads nothing
     except ModelNotFound:
         raise ModelNotFound(f'model "{source}" not found', param="source") from None
-    await models.copy(entry, target)
+    with storage_faults():
+        await models.copy(entry, target)
     return Response(status_code=200)
 
 
@@ -206,7 +215,8 @@ async def delete(request: Request) -> Response:
     entry = server.catalogue.find_exactly(name)
     if entry is None or not caller_of(request).may_use(entry.names):
         raise ModelNotFound(f"model '{asked}' not found", param="model")
-    freed = await Remover(models).remove(entry, force=force)
+    with storage_faults():
+        freed = await Remover(models).remove(entry, force=force)
     if all(other.runner != entry.runner for other in server.catalogue.entries()):
         server.supervisor.unload(entry.runner, "deleted")
     return Response(status_code=200, headers={"x-freed-bytes": str(freed)})
@@ -237,6 +247,12 @@ async def put_blob(request: Request) -> Response:
     """The bytes of one file, whose hash is its name."""
     digest = request.path_params["digest"]
     store = _models(request).store
+    with storage_faults():
+        await asyncio.to_thread(store.make_folders)
+        return await _put_blob(request, store, digest)
+
+
+async def _put_blob(request: Request, store: Store, digest: str) -> Response:
     path = store.blob_path(digest)
     if await asyncio.to_thread(path.is_file):
         return Response(status_code=200)

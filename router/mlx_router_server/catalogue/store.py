@@ -79,8 +79,7 @@ class Store:
 
     def prepare(self) -> None:
         """Make the folders; remove what uploads and jobs left unfinished long ago, and files that no model uses."""
-        for folder in (self._manifests, self._weights, self._blobs):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.make_folders()
         self._remove_unused(weights.name for weights in self._weights.iterdir() if _is_old(weights))
         unused = [blob for blob in self._blobs.glob("sha256-*") if blob.stat().st_nlink == 1]
         for left in (*unused, *self._blobs.glob(".upload-*"), *self._weights.glob(".making-*")):
@@ -91,6 +90,11 @@ class Store:
                 continue
 
     # ---------------------------------------------------------------- manifests
+
+    def make_folders(self) -> None:
+        """Make those that are not there; somebody may have removed the home folder. Raises ``OSError``."""
+        for folder in (self._manifests, self._weights, self._blobs):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def manifests(self) -> tuple[list[Manifest], dict[str, str]]:
         """All of them, and the files that are none, with the reason."""
@@ -111,6 +115,7 @@ class Store:
 
     def put(self, manifest: Manifest) -> None:
         """Keep it, and remove the weights of the one that it replaces if none needs them. Raises ``OSError``."""
+        self.make_folders()
         path = self._manifest_path(manifest.name)
         before = _folders_of(path)
         replace_file(path, msgspec.json.format(msgspec.json.encode(manifest)))

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import logging
+import math
 import os
 import signal
 import socket
@@ -84,7 +85,7 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
         http=guarded_protocol(settings.max_connections, lambda: _limits(app)),
         ws="none",
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=int(settings.drain_timeout_seconds) or None,
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_seconds),
     )
     received: list[int] = []
     server = _Server(config, app, received, reload_settings, Notifier(os.environ))
@@ -151,6 +152,7 @@ class _Server(uvicorn.Server):
         self._received = received
         self._on_hangup = on_hangup
         self._reloading: asyncio.Future[None] | None = None
+        self._ending: asyncio.Future[None] | None = None
         self._hung_up = False
         self._reload_wanted = False
         self._had_terminal = _has_terminal()
@@ -239,6 +241,8 @@ class _Server(uvicorn.Server):
             server.supervisor.begin_leaving()
         else:
             server.supervisor.hasten()
+            if server.models is not None:
+                self._ending = asyncio.ensure_future(server.models.stop())
 
 
 def _has_terminal() -> bool:

@@ -24,6 +24,7 @@ _QUANTIZE: Final = "mlx_router_worker.mlx_quantize"
 _LINE_BYTES: Final = 64 * 2**10
 _TAIL_LINES: Final = 20
 _EXIT_SECONDS: Final = 5.0
+_SILENCE_SECONDS: Final = 600.0  # to write or to hash a very large file takes minutes
 _PASSED_ON: Final = frozenset(
     ["PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME",
      "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH"]
@@ -68,7 +69,7 @@ async def run_job(job: Job) -> AsyncGenerator[JobEvent, None]:
     try:
         process.stdin.write(encode_job(job))
         ended = False
-        while not ended and (line := await process.stdout.readline()):
+        while not ended and (line := await asyncio.wait_for(process.stdout.readline(), _SILENCE_SECONDS)):
             event = decode_job_event(line)
             ended = isinstance(event, JobDone | JobFailed)
             if ended:
@@ -80,14 +81,18 @@ async def run_job(job: Job) -> AsyncGenerator[JobEvent, None]:
             yield JobFailed(
                 code=ErrorCode.INTERNAL, message=f"the job ended with status {status}" + (f" ({last})" if last else "")
             )
+    except TimeoutError:
+        yield JobFailed(
+            code=ErrorCode.INTERNAL, message=f"the job has told nothing for {_SILENCE_SECONDS:g} s and was ended"
+        )
     except (ProtocolError, ValueError) as error:  # a line that is none, or one without an end
         yield JobFailed(code=ErrorCode.PROTOCOL, message=f"the job wrote what is no event: {error}")
     finally:
         if process.returncode is None:
             try:
                 os.killpg(process.pid, signal.SIGKILL)  # all that it leaves behind is meant to be gone on from
-            except ProcessLookupError:
-                pass
+            except (ProcessLookupError, PermissionError):
+                pass  # it ended in this very moment; of a group of zombies, macOS says that it is not allowed
             await process.wait()
         process.stdin.close()
         relay.cancel()

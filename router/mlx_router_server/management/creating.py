@@ -72,6 +72,7 @@ class Creator:
     async def create(self, creation: Creation) -> AsyncGenerator[JobEvent, None]:
         """Ends with ``JobDone``; raises what went wrong, and then nothing is there that was not before."""
         self._models.check_free(creation.name)
+        await asyncio.to_thread(self._models.store.make_folders)
         for files, param in ((creation.files, "files"), (creation.adapter, "adapters")):
             await asyncio.to_thread(self._models.store.check_files, files, param)
         if creation.adapter and not creation.adapter.keys() >= _ADAPTER:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from mlx_router_server.catalogue.catalogue import Catalogue
 from mlx_router_server.catalogue.entry import ModelEntry
@@ -19,10 +20,23 @@ from mlx_router_server.catalogue.overlay import NOTHING
 from mlx_router_server.catalogue.store import Manifest, Store
 from mlx_router_server.management.pulls import Pulls
 from mlx_router_server.telemetry.events import Happenings
-from mlx_router_shared.errors import InvalidRequest, ModelNotFound, error_from_code
+from mlx_router_shared.errors import InvalidRequest, ModelNotFound, ShuttingDown, error_from_code
 from mlx_router_shared.jobs import JobDone, JobEvent, JobFailed, JobStatus, PullJob
 
-__all__ = ["Models"]
+__all__ = ["Models", "just_removed", "manifest_among"]
+
+
+def manifest_among(manifests: list[Manifest], entry: ModelEntry) -> Manifest:
+    """The one of this model. Raises ``ModelNotFound`` if it has been removed meanwhile."""
+    for manifest in manifests:
+        if parse_name(manifest.name).key == entry.name.key:
+            return manifest
+    raise just_removed(entry)
+
+
+def just_removed(entry: ModelEntry) -> ModelNotFound:
+    """The error for a model that was there when the request began."""
+    return ModelNotFound(f"model '{entry.name.display}' not found: it has just been removed", param="model")
 
 
 class Models:
@@ -35,13 +49,35 @@ class Models:
         self.changing = asyncio.Lock()
         self.cache: Path | None = None
         self.streams = 4
+        self.is_stopping = False
+        self._working: set[asyncio.Task[Any]] = set()
 
     @property
     def pulls(self) -> Pulls:
         return self._pulls
 
     async def stop(self) -> None:
+        """End downloads and whatever is being made."""
+        self.is_stopping = True
+        for task in self._working:
+            task.cancel()
         await self._pulls.stop()
+
+    @contextmanager
+    def working(self) -> Generator[None, None, None]:
+        """Around work in the current task that ``stop`` is to end: raises ``ShuttingDown`` then."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._working.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self.is_stopping:
+                raise
+            task.uncancel()
+            raise ShuttingDown("the server is shutting down") from None
+        finally:
+            self._working.discard(task)
 
     # --------------------------------------------------------------------- pull
 
@@ -104,7 +140,11 @@ class Models:
         await self.put(manifest)
 
     async def put(self, manifest: Manifest) -> None:
+        """Keep it. Raises ``ModelNotFound`` if what it was made from has been removed meanwhile."""
         async with self.changing:
+            for folder in (manifest.weights, manifest.adapter):
+                if folder and not await asyncio.to_thread(self.store.weights_folder(folder).is_dir):
+                    raise ModelNotFound(f"what {manifest.name!r} was made from has just been removed", param="from")
             await asyncio.to_thread(self.store.put, manifest)
         await self.catalogue.refresh()
 
@@ -126,19 +166,20 @@ class Models:
             )
 
     async def manifest_of(self, entry: ModelEntry) -> Manifest:
+        """Return what is kept of it. Raises ``ModelNotFound`` if it has been removed meanwhile."""
         if entry.source != "created":
             return Manifest(name=entry.name.display, base=entry.name.display)
         manifests, _ = await asyncio.to_thread(self.store.manifests)
-        return next(manifest for manifest in manifests if parse_name(manifest.name).key == entry.name.key)
+        return manifest_among(manifests, entry)
 
     # --------------------------------------------------------------------- copy
 
     async def copy(self, source: ModelEntry, destination: ModelName) -> None:
         """Another name for the same; what is done to one of them does not change the other."""
         self.check_free(destination)
-        below = await self.manifest_of(source)
-        await self.put(
-            Manifest(
+        async with self.changing:  # the source must not be removed between the two steps
+            below = await self.manifest_of(source)
+            manifest = Manifest(
                 name=destination.display,
                 base=below.base,
                 weights=below.weights,
@@ -146,4 +187,5 @@ class Models:
                 overlay=below.overlay,
                 created_at=time.time(),
             )
-        )
+            await asyncio.to_thread(self.store.put, manifest)
+        await self.catalogue.refresh()

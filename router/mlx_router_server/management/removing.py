@@ -12,7 +12,7 @@ from typing import Final
 from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.catalogue.names import parse_name
 from mlx_router_server.catalogue.store import Manifest
-from mlx_router_server.management.models import Models
+from mlx_router_server.management.models import Models, just_removed, manifest_among
 from mlx_router_shared.errors import InvalidRequest
 from mlx_router_shared.jobs import OURS
 
@@ -52,7 +52,7 @@ class Remover:
         return freed
 
     async def _delete_created(self, entry: ModelEntry, manifests: list[Manifest]) -> int:
-        own = next(manifest for manifest in manifests if parse_name(manifest.name).key == entry.name.key)
+        own = manifest_among(manifests, entry)
         others = [manifest for manifest in manifests if manifest is not own]
         shared = {folder for other in others for folder in (other.weights, other.adapter)}
         folders = [
@@ -99,12 +99,17 @@ class Remover:
 
     async def _remove_repository(self, entry: ModelEntry) -> int:
         folder = _folder_of(entry)
-        assert self._models.cache is not None
-        assert folder.parent == self._models.cache
-        assert folder.name.startswith("models--")
+        if self._models.cache is None or folder.parent != self._models.cache or not folder.name.startswith("models--"):
+            raise InvalidRequest(
+                f"model '{entry.name.display}' lies outside of the cache of downloads; remove its files there",
+                param="model",
+            )
         freed = await asyncio.to_thread(_size, folder / "blobs")
         gone = folder.with_name(f".deleting-{folder.name}-{time.monotonic_ns()}")
-        await asyncio.to_thread(folder.rename, gone)  # gone in one step, whatever happens next
+        try:
+            await asyncio.to_thread(folder.rename, gone)  # gone in one step, whatever happens next
+        except FileNotFoundError:
+            raise just_removed(entry) from None
         await asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True)
         await asyncio.to_thread(self._models.store.forget_pulled, _repository(entry))
         return freed
