@@ -425,6 +425,7 @@ def test_the_official_client_manages_models(home: Path, tmp_path: Path) -> None:
 def test_a_removed_home_folder_is_made_again(home: Path) -> None:
     with running_router(home, "--standby-workers", "0") as router:
         assert _post(router, "/api/copy", source="demo", destination="before").status == 200
+        router.generate("before", options={"num_predict": 1})
         shutil.rmtree(home / "store")
         wait_until(lambda: "before:latest" not in _names(router), "it is seen gone")
         assert _post(router, "/api/copy", source="demo", destination="after").status == 200

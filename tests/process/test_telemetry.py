@@ -259,6 +259,21 @@ def test_the_tokens_of_an_answer_that_breaks_off_are_counted(home: Path) -> None
         found = wait_until(lambda: _by(_samples(router), "completion_tokens_total", "model"), "they are counted")
         assert 20 <= found["a:latest"] < 1000
         assert _by(_samples(router), "prompt_tokens_total", "model")["a:latest"] > 0
-        assert "WARNING" not in router.wait_line("event=worker_failed").partition("event=")[0]
         assert "ERROR" in router.wait_line("event=worker_failed").partition("event=")[0]
         assert "event=loaded" not in router.log
+
+
+def test_nothing_is_told_any_more_of_a_model_that_was_removed(home: Path) -> None:
+    with running_router(home, "--standby-workers", "0") as router:
+        made = {"model": "made", "from": "demo", "parameters": {"num_ctx": 512}, "stream": False}
+        assert call(router, "POST", "/api/create", made).status == 200
+        router.generate("made", options={"num_predict": 1})
+        assert "made:latest" in {model["name"] for model in router.status()["models"]}
+        assert call(router, "DELETE", "/api/delete", {"model": "made"}).status == 200
+        router.client.post("/api/generate", {"model": "demo", "keep_alive": 0})
+
+        def told() -> set[str]:
+            gauges = set(_by(_samples(router), "model_state", "model"))
+            return gauges | {model["name"] for model in router.status()["models"]}
+
+        wait_until(lambda: told() <= {"demo:latest"}, "only what there is is told of")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator
@@ -145,6 +146,34 @@ def test_a_key_for_some_models_does_not_reach_others_by_making_fetching_or_copyi
             reply = call(router, "POST", path, {**body, "stream": False}, x_api_key=text)
             assert reply.status == status, (path, body, reply.body)
         assert call(router, "GET", "/api/tags", x_api_key=text).json() == {"models": []}
+
+
+@pytest.mark.req("R31")
+def test_kept_responses_are_found_by_the_key_that_made_them_only(home: Path) -> None:
+    texts, keys = zip(*(make_key(name, [Scope.INFERENCE]) for name in ("one", "two")), strict=True)
+    write_keys(keys_file(home), list(keys))
+    with running_router(home, "--standby-workers", "0") as router:
+        body = {"model": "demo", "input": "Hello!", "max_output_tokens": 16}
+        made = call(router, "POST", "/v1/responses", body, x_api_key=texts[0]).json()["id"]
+        goes_on = {**body, "previous_response_id": made}
+
+        def tries(key: str) -> list[int]:
+            return [
+                call(router, "GET", f"/v1/responses/{made}", x_api_key=key).status,
+                call(router, "GET", f"/v1/responses/{made}/input_items", x_api_key=key).status,
+                call(router, "POST", "/v1/responses", goes_on, x_api_key=key).status,
+                call(router, "POST", "/v1/responses/input_tokens", goes_on, x_api_key=key).status,
+                call(router, "DELETE", f"/v1/responses/{made}", x_api_key=key).status,
+            ]
+
+        assert set(tries(texts[1])) <= {400, 404}
+        narrowed = [dataclasses.replace(keys[0], models=("other",)), keys[1]]
+        write_keys(keys_file(home), narrowed)
+        wait_until(lambda: call(router, "GET", "/api/tags", x_api_key=texts[0]).json() == {"models": []}, "it counts")
+        assert set(tries(texts[0])) <= {400, 404}, "it may not use that model any more"
+        write_keys(keys_file(home), list(keys))
+        wait_until(lambda: call(router, "GET", "/api/tags", x_api_key=texts[0]).json() != {"models": []}, "it counts")
+        assert tries(texts[0]) == [200] * 5
 
 
 @pytest.mark.req("R31")

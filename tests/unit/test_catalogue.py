@@ -13,7 +13,7 @@ from mlx_router_server.catalogue.aliases import SHIPPED
 from mlx_router_server.catalogue.architectures import has_vlm, servable_architectures
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER, Catalogue, Registered, Sources
 from mlx_router_server.catalogue.discovery import discover_hub, hub_cache
-from mlx_router_server.catalogue.entry import Capability
+from mlx_router_server.catalogue.entry import Capability, install_command
 from mlx_router_server.catalogue.index import IndexBuilder
 from mlx_router_server.catalogue.inspect import NotServable, inspect_folder
 from mlx_router_server.catalogue.kinds import Kind
@@ -241,7 +241,7 @@ def test_encoders_are_listed_and_say_which_extra_they_need(tmp_path: Path) -> No
     assert (ranker.engine, ranker.capabilities) == ("rerank", frozenset({Capability.RERANK}))
     for files in (encoder, ranker):
         assert bool(files.unusable) != has_vlm()
-        assert has_vlm() or "pip install 'mlx-router-server[encoders]'" in files.unusable
+        assert has_vlm() or install_command("encoders") in files.unusable
     with pytest.raises(NotServable, match="only those with one label"):
         inspect_folder(make_reranker(tmp_path / "classifier", labels=3))
 

@@ -75,11 +75,11 @@ async def status(request: Request) -> Response:
     server = server_of(request)
     await server.catalogue.wait_ready()
     supervisor = server.supervisor
-    views = {view.name: view for view in supervisor.views()}
+    views = {view.name: view for view in server.views()}
     entries = server.catalogue.entries()
     models = [_model(server, views.get(entry.runner), entry.name.display) for entry in entries]
     known = {entry.runner for entry in entries}
-    # gone from disk, maybe still loaded
+    # gone from disk and still loaded
     models += [_model(server, view, name) for name, view in views.items() if name not in known]
     router = {
         "version": __version__,

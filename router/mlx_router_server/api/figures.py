@@ -94,7 +94,8 @@ async def metrics(request: Request) -> Response:
 def _router_figures(server: Server) -> RouterFigures:
     supervisor = server.supervisor
     reading = supervisor.memory
-    workers = {view.name: supervisor.worker_view(view.worker) for view in supervisor.views()}
+    views = server.views()
+    workers = {view.name: supervisor.worker_view(view.worker) for view in views}
     return RouterFigures(
         version=__version__,
         started_at=server.started_at,
@@ -109,7 +110,7 @@ def _router_figures(server: Server) -> RouterFigures:
                 reserved_bytes=view.reserved_bytes,
                 memory_bytes=worker.memory_bytes if (worker := workers[view.name]) is not None else 0,
             )
-            for view in supervisor.views()
+            for view in views
         ],
     )  # fmt: skip
 

@@ -21,6 +21,8 @@ _MOST_BYTES: Final = 64 * 2**20
 class Stored:
     """A response as it was sent, and the conversation up to its end, without instructions."""
 
+    owner: str
+    """The name of the key that made it; empty where no keys are asked for."""
     response: dict[str, Any]
     messages: list[Message]
     input_items: list[dict[str, Any]]
@@ -41,7 +43,7 @@ class ResponseStore:
 
     def put(
         self, response: dict[str, Any], messages: list[Message], input_items: list[dict[str, Any]], *,
-        most: int, seconds: float,
+        most: int, seconds: float, owner: str = "",
     ) -> None:  # fmt: skip
         """Keep a response for so long, and at most so many of them; one that is too large alone is not kept."""
         if most <= 0:
@@ -51,17 +53,21 @@ class ResponseStore:
         if size > _MOST_BYTES:
             return
         self._forget_old(most - 1, _MOST_BYTES - size)
-        self._stored[response["id"]] = Stored(response, messages, input_items, self._now() + seconds, size)
+        self._stored[response["id"]] = Stored(owner, response, messages, input_items, self._now() + seconds, size)
         self._bytes += size
 
-    def get(self, response_id: str) -> Stored | None:
+    def get(self, response_id: str, owner: str = "") -> Stored | None:
+        """The response of that owner; those of others do not exist for it."""
         stored = self._stored.get(response_id)
-        return stored if stored is not None and stored.until > self._now() else None
+        if stored is None or stored.owner != owner or stored.until <= self._now():
+            return None
+        return stored
 
-    def delete(self, response_id: str) -> bool:
+    def delete(self, response_id: str, owner: str = "") -> bool:
         """Whether it was there."""
-        known = self.get(response_id) is not None
-        self._drop(response_id)
+        known = self.get(response_id, owner) is not None
+        if known:
+            self._drop(response_id)
         return known
 
     def _forget_old(self, most: int, most_bytes: int) -> None:

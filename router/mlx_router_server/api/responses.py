@@ -14,7 +14,8 @@ from mlx_router_server.api.answer import Answer, AnswerStyle, answer
 from mlx_router_server.api.body import parse_body
 from mlx_router_server.api.count import count_tokens
 from mlx_router_server.api.response_store import Stored
-from mlx_router_server.api.server import server_of
+from mlx_router_server.api.server import caller_of, server_of
+from mlx_router_server.catalogue.names import parse_name
 from mlx_router_server.dialects.call import Moment, StreamRenderer, Transcript
 from mlx_router_server.dialects.responses_answers import ResponsesStream, render_answer, turn_of
 from mlx_router_server.dialects.responses_requests import ResponsesCall, parse_responses
@@ -54,6 +55,7 @@ async def create(request: Request) -> Answer:
             [{"id": _new_id("msg_"), **item} for item in asked.items],
             most=server.settings.responses_kept,
             seconds=server.settings.responses_keep_seconds,
+            owner=caller_of(request).name,
         )
 
     style = AnswerStyle(whole=whole, stream=stream, on_end=keep if asked.store else None)
@@ -64,7 +66,7 @@ def _history(request: Request, asked: ResponsesCall) -> list[Message]:
     """What went before; never left out in silence, because the model would have lost its memory."""
     if not asked.previous_response_id:
         return []
-    stored = server_of(request).responses.get(asked.previous_response_id)
+    stored = _find(request, asked.previous_response_id)
     if stored is None:
         raise PreviousResponseMissing(
             f"Previous response with id '{asked.previous_response_id}' not found: it was never stored, or long ago",
@@ -73,9 +75,20 @@ def _history(request: Request, asked: ResponsesCall) -> list[Message]:
     return stored.messages
 
 
+def _find(request: Request, response_id: str) -> Stored | None:
+    """A response that this caller made, of a model that it may still use."""
+    server, caller = server_of(request), caller_of(request)
+    stored = server.responses.get(response_id, caller.name)
+    if stored is None:
+        return None
+    model = str(stored.response["model"])
+    entry = server.catalogue.find(parse_name(model))
+    return stored if caller.may_use(entry.names if entry is not None else (model,)) else None
+
+
 def _stored(request: Request) -> Stored:
     response_id = request.path_params["response_id"]
-    stored = server_of(request).responses.get(response_id)
+    stored = _find(request, response_id)
     if stored is None:
         raise NotFound(f"Response with id '{response_id}' not found", param="response_id")
     return stored
@@ -88,7 +101,7 @@ async def retrieve(request: Request) -> Response:
 async def delete(request: Request) -> Response:
     response_id = request.path_params["response_id"]
     _stored(request)
-    server_of(request).responses.delete(response_id)
+    server_of(request).responses.delete(response_id, caller_of(request).name)
     return _json({"id": response_id, "object": "response.deleted", "deleted": True})
 
 

@@ -73,6 +73,13 @@ class Server:
     def door(self) -> Door:
         return self.supervisor
 
+    def views(self) -> list[ModelView]:
+        """Of each model that was asked for since the start, unless it is gone for good: neither in the catalogue, nor
+        loaded, nor waited for."""
+        known = {entry.runner for entry in self.catalogue.entries()}
+        views = self.supervisor.views()
+        return [view for view in views if view.name in known or view.worker is not None or view.queued]
+
     async def resolve(self, name: str, caller: Caller, *, by_operator: bool = False) -> ModelEntry:
         """The model of that name, if the caller may use it; raises ``ModelNotFound`` or ``InvalidRequest``.
 

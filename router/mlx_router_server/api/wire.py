@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 _OWN_FILES: Final = 256
 """Descriptors that workers, logs and listeners need, beside connections."""
 _SAY_EVERY_SECONDS: Final = 10.0
+_LINGER_SECONDS: Final = 30.0
+_LINGER_SILENCE_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,17 @@ class _UnchunkedCycle(RequestResponseCycle):
         await super().send(message)
 
 
+class _AnsweredTransport:
+    """What an answer writes to. Closing it lets the client send the rest of its request, and read the answer."""
+
+    def __init__(self, transport: asyncio.Transport, linger: Callable[[], None]) -> None:
+        self._transport = transport
+        self.close = linger
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> type[HttpToolsProtocol]:
     """The protocol class for uvicorn; ``limits`` is asked at each request, since settings are read again.
 
@@ -65,6 +78,9 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
         _header_bytes = 0
         _in_headers = True
         _declining = False
+        _lingering: asyncio.TimerHandle | None = None
+        _linger_until = 0.0
+        _discarded = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn does
             super().connection_made(transport)
@@ -77,6 +93,8 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
             self._read_again()
+            if self._lingering is not None:
+                self._lingering.cancel()
             super().connection_lost(exc)
 
         def pause_writing(self) -> None:
@@ -90,6 +108,9 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
             super().resume_writing()
 
         def data_received(self, data: bytes) -> None:
+            if self._lingering is not None:
+                self._discarded = True
+                return
             if self._in_headers:
                 self._header_bytes += len(data)
             self._feed(data)
@@ -158,6 +179,7 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
                 self._refuse(431, "Request Header Fields Too Large", "the headers are longer than max_header_bytes")
                 return
             super().on_headers_complete()
+            self.cycle.transport = _AnsweredTransport(self.transport, self._linger)  # type: ignore[assignment]
             if self.scope["http_version"] == "1.0":
                 # The task that answers has been made and has not run yet.
                 self.cycle.__class__ = _UnchunkedCycle
@@ -171,7 +193,31 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
             if not self.transport.is_closing() and not offers_upgrade:
                 super().on_message_complete()
 
+        def on_response_complete(self) -> None:
+            if self._lingering is None:
+                super().on_response_complete()
+
         # ----------------------------------------------------------------- own
+
+        def _linger(self) -> None:
+            """End the answer, and take what the client still sends for a while: if the connection were closed at once,
+            the system would reset it, and the client would lose the answer that says why."""
+            if self.transport.is_closing() or self._lingering is not None:
+                return
+            if not self._in_headers and not self.cycle.more_body:
+                self.transport.close()
+                return
+            self.transport.write_eof()
+            self.flow.resume_reading()
+            self._linger_until = self.loop.time() + _LINGER_SECONDS
+            self._lingering = self.loop.call_later(_LINGER_SILENCE_SECONDS, self._look_whether_it_sends)
+
+        def _look_whether_it_sends(self) -> None:
+            if not self._discarded or self.loop.time() > self._linger_until:
+                self.transport.abort()
+                return
+            self._discarded = False
+            self._lingering = self.loop.call_later(_LINGER_SILENCE_SECONDS, self._look_whether_it_sends)
 
         def _expect_headers(self) -> None:
             seconds = limits().seconds
@@ -214,7 +260,7 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
                 b"HTTP/1.1 %d %s\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n"
                 b"connection: close\r\n\r\n%s" % (status, phrase.encode(), len(body), body)
             )
-            self.transport.close()
+            self._linger()
 
         def _say_full(self) -> None:
             now = self.loop.time()

@@ -92,6 +92,10 @@ class Facts:
     has_thinking: bool
 
 
+_Inspected = tuple[Path, str, tuple[tuple[str, int, int], ...]]
+"""A folder, what the configuration says of its kind, and name, size and modification time of each file."""
+
+
 class IndexBuilder:
     """Looks at the sources; files that have not changed are not read again."""
 
@@ -101,7 +105,9 @@ class IndexBuilder:
         self.facts: dict[str, Facts] = {}
         """By the digest of the weights."""
         self._scans = BoundedScans(_SCAN_SECONDS)
-        self._inspected: dict[tuple[Path, str, tuple[tuple[str, int, int], ...]], ModelFiles | Unservable] = {}
+        self._inspected: dict[_Inspected, ModelFiles | Unservable] = {}
+        self._seen: set[_Inspected] = set()
+        """What the build that runs has used of it; the rest is of models that are gone."""
 
     @property
     def model_aliases(self) -> dict[str, str]:
@@ -130,6 +136,7 @@ class IndexBuilder:
 
     def build(self) -> Index:
         registered = {parse_name(said.name).key: said for said in self.sources.registered}
+        self._seen = set()
         entries: dict[str, ModelEntry] = {}
         unservable: dict[str, Unservable] = {}
         for found, files in self._scanned(registered):
@@ -154,6 +161,8 @@ class IndexBuilder:
             by_target.setdefault(target, []).append(parse_name(short).display.removesuffix(":latest"))
         for target, shorts in by_target.items():
             entries[target] = replace(entries[target], aliases=tuple(sorted(shorts)))
+        # A copy, because a disk that does not answer in time is still being read by another thread.
+        self._inspected = {key: files for key, files in dict(self._inspected).items() if key in self._seen}
         return self.corrected(Index(entries, aliases, unservable))
 
     def corrected(self, index: Index) -> Index:
@@ -284,7 +293,9 @@ class IndexBuilder:
             if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
                 return Unservable(reason=f"its {name} is neither a file nor a folder")  # reading a pipe may block
         listing = tuple(sorted((name, facts.st_size, facts.st_mtime_ns) for name, facts in stats.items()))
-        known = self._inspected.get((found.path, said, listing))
+        key = (found.path, said, listing)
+        self._seen.add(key)
+        known = self._inspected.get(key)
         if known is None:
             try:
                 if stray := found.strays():
@@ -304,7 +315,7 @@ class IndexBuilder:
                 known = Unservable(reason=f"its files make no sense: {type(error).__name__}: {error}")
             if isinstance(known, ModelFiles):
                 known = replace(known, stamp=_hash(item for item in listing if not item[0].startswith(_NOT_LOADED)))
-            self._inspected[(found.path, said, listing)] = known
+            self._inspected[key] = known
         return known
 
 
