@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from mlx_router_server.cli.client import ApiError
 from tests.process.test_names import body_for
 from tests.support.fakes import fake_config
-from tests.support.http import RawStream
+from tests.support.http import RawStream, call
 from tests.support.router import RouterProcess, running_router, still_alive, wait_until
 
 _SLOW = {"tokens": 1000, "tokens_per_second": 100}
@@ -203,3 +205,58 @@ def test_a_model_that_always_dies_is_given_up(home: Path) -> None:
         # 1 + 2 + 4 s of pauses: no more than four attempts fit into this time, however often it is asked for.
         assert sum("event=loading" in line for line in router.lines) <= 4
         assert router.client.get("/health")["status"] == "ok"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_a_worker_that_somebody_else_ends_costs_no_request_that_had_no_output(
+    home: Path, path: str, stream: bool
+) -> None:
+    """As ``pkill`` or the end of a session does: requests that come while it leaves are answered by the next one."""
+    script = {"tokens": 2, "tokens_per_second": 50}
+    with running_router(home, *fake_config(home, {"a": script})) as router, ThreadPoolExecutor(8) as pool:
+        router.generate("a")
+        asked = [
+            pool.submit(call, router, "POST", path, {**body_for(path, model="a", max_tokens=4), "stream": stream})
+            for _ in range(8)
+        ]
+        for _ in range(3):
+            with suppress(ProcessLookupError):  # the one from before may still be told as ready
+                os.kill(router.wait_state("a", "ready")["pid"], signal.SIGTERM)
+            asked += [
+                pool.submit(call, router, "POST", path, {**body_for(path, model="a", max_tokens=4), "stream": stream})
+                for _ in range(8)
+            ]
+        replies = [each.result() for each in asked]
+    # What had begun to be told when the worker left ends with an error; all else is answered.
+    whole = [reply for reply in replies if reply.status == 200]
+    assert len(whole) == len(replies), [reply.body for reply in replies if reply.status != 200]
+    if not stream:
+        assert all(b"error" not in reply.body.replace(b'"error":null', b"") for reply in replies)
+
+
+def test_an_idle_worker_that_somebody_else_ends_is_replaced_at_the_next_request(home: Path) -> None:
+    with running_router(home, *fake_config(home, {"a": {"tokens": 2}})) as router:
+        router.generate("a")
+        for _ in range(10):
+            os.kill(router.model("a")["pid"], signal.SIGTERM)
+            assert router.generate("a")["done_reason"] == "stop"
+        assert router.model("a")["loads"] == 11
+
+
+def test_a_run_directory_that_was_removed_is_made_again(home: Path) -> None:
+    """As a cleaner of temporary files does after some days."""
+    scripts = {"a": {"tokens": 2}, "b": {"tokens": 2}, "c": {"tokens": 2}}
+    with running_router(home, *fake_config(home, scripts)) as router:
+        router.generate("a")
+        (lock,) = [Path(file.path) for file in psutil.Process(router.pid).open_files() if file.path.endswith("/lock")]
+        (lock.parent / "s").unlink()
+        assert router.generate("b")["done"]
+        (again,) = [Path(file.path) for file in psutil.Process(router.pid).open_files() if file.path.endswith("/lock")]
+        shutil.rmtree(again.parent)
+        assert router.generate("c")["done"]
+        assert router.generate("a")["done"], "the workers from before are still there"
+        assert router.model("a")["loads"] == 1
+        (last,) = [Path(file.path) for file in psutil.Process(router.pid).open_files() if file.path.endswith("/lock")]
+        assert {int(note.name[2:]) for note in last.parent.glob("w-*")} == {child.pid for child in router.children()}
+    assert not last.parent.exists()

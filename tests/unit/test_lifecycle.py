@@ -191,6 +191,16 @@ def test_a_crash_of_a_ready_model_is_replaced_at_once() -> None:
     assert pause_after(2, served=True) > 0
 
 
+def test_a_worker_that_somebody_else_ended_is_no_failure_of_its_model() -> None:
+    bench = Bench()
+    for turn in range(FAILURES_BEFORE_GIVING_UP + 1):
+        worker = bench.load(f"t{turn}", "a")
+        bench.tell(LeaseReturned(ticket=f"t{turn}"))
+        bench.tell(WorkerExited(worker=worker, error=WorkerDied("signal"), was_told=True))
+        bench.tell(WorkerReclaimed(worker=worker))
+        assert bench.state("a") is State.UNLOADED
+
+
 def test_a_waiter_that_leaves_takes_its_place_in_the_queue_with_it() -> None:
     bench = Bench(max_loaded_models=1)
     bench.load("t1", "a", pinned=False)

@@ -107,7 +107,7 @@ class ComputeLoop:
                 self._engine.set_limits(command)
                 self._progress.reading = self._engine.reading()
             case Shutdown():
-                self._fail_all("the model is being unloaded")
+                self._fail_all("the model is being unloaded", ErrorCode.SHUTTING_DOWN)
                 self._engine.close()
                 self._outlet.send(Bye(reason=command.reason))
                 return 0
@@ -210,8 +210,8 @@ class ComputeLoop:
                 self._live.discard(stream.request_id)
         self._outlet.send(Step(number=self._progress.steps, streams=streams))
 
-    def _fail_all(self, message: str) -> None:
+    def _fail_all(self, message: str, code: ErrorCode = ErrorCode.ENGINE_FAILED) -> None:
         self._progress.reading = EngineReading()
         if self._live:
-            failure = Failure(code=ErrorCode.ENGINE_FAILED, message=message)
+            failure = Failure(code=code, message=message)
             self._send([StreamEvents(request_id=r, events=[failure]) for r in sorted(self._live)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
@@ -32,6 +32,7 @@ from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.dialects.call import Call, Moment, StreamRenderer, Transcript
 from mlx_router_server.dialects.fields import shown_in_header
 from mlx_router_server.dialects.statuses import for_the_public
+from mlx_router_server.workers.handle import WorkerLeft
 from mlx_router_server.workers.lease import Lease
 from mlx_router_server.workers.plan import LoadPlan, Wishes
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFound
@@ -42,6 +43,7 @@ __all__ = ["Answer", "AnswerStyle", "admit", "answer", "load_only"]
 
 log = logging.getLogger(__name__)
 
+_MOST_DISPATCHES: Final = 3
 _LARGE_BYTES: Final = 256 * 2**10  # of vectors; writing more than that as text takes milliseconds
 
 
@@ -107,6 +109,8 @@ class Answer:
         self._received = time.monotonic()
         self._loaded = self._received
         self._begun = False
+        self._told = False
+        """Whether the client has been told anything that the worker said."""
         self._heartbeat = Heartbeat()
         self._figures = AnswerFigures()
 
@@ -126,10 +130,7 @@ class Answer:
         happenings.tell("request", request=request_id, model=self._name, stream=self._call.stream)
         try:
             if renderer is None:
-                plan = await self._plan()
-                async with self._server.door.acquire(plan, self._wishes, label=request_id) as lease:
-                    self._begin_lease(lease)
-                    await self._send_whole(lease, send)
+                await self._with_lease(request_id, lambda lease: self._send_whole(lease, send))
             else:
                 await self._send_stream(renderer, request_id, send)
             outcome = "ok"
@@ -158,6 +159,20 @@ class Answer:
                 outcome=outcome, seconds=round(self._seconds(), 3),
                 load_seconds=round(self._loaded - self._received, 3), **self._figures.as_dict(self._received),
             )  # fmt: skip
+
+    async def _with_lease(self, label: str, use: Callable[[Lease], Awaitable[None]]) -> None:
+        """Use a lease; once more with a fresh one if the worker left before the client was told anything."""
+        plan = await self._plan()
+        for dispatch in range(1, _MOST_DISPATCHES + 1):
+            try:
+                async with self._server.door.acquire(plan, self._wishes, label=label) as lease:
+                    self._begin_lease(lease)
+                    await use(lease)
+                break
+            except WorkerLeft:
+                if self._told or dispatch == _MOST_DISPATCHES:
+                    raise
+            log.info("event=dispatched_again request=%s model=%r", label, self._name)
 
     def _begin_lease(self, lease: Lease) -> None:
         self._loaded = time.monotonic()
@@ -201,13 +216,11 @@ class Answer:
             await self._send_part(renderer.keep_alive(moment, note), moment, send)
 
         transcripts = [Transcript() for _ in self._call.requests]
-        async with (
-            beating(self._heartbeat, self._server.settings.heartbeat_seconds, beat),
-            self._server.door.acquire(await self._plan(), self._wishes, label=request_id) as lease,
-        ):
-            self._begin_lease(lease)
+
+        async def use(lease: Lease) -> None:
             async with aclosing(self._events(lease)) as batches:
                 async for choice, events in batches:
+                    self._told = True
                     moment = self._moment()
                     await self._begin(renderer, moment, send)
                     data = b"".join(renderer.on(event, moment, choice) for event in events)
@@ -217,6 +230,9 @@ class Answer:
                         if isinstance(events[-1], Finish):
                             self._style.on_end(transcripts)
                     await self._send_part(data, moment, send)
+
+        async with beating(self._heartbeat, self._server.settings.heartbeat_seconds, beat):
+            await self._with_lease(request_id, use)
         await send({"type": "http.response.body", "body": renderer.end(self._moment()), "more_body": False})
 
     async def _begin(self, renderer: StreamRenderer, moment: Moment, send: Send) -> None:

@@ -90,6 +90,10 @@ def worker_failed(books: Books, event: WorkerFailed | WorkerExited, now: float) 
     record = books.by_worker.get(event.worker)
     if record is None or record.state is State.STOPPING:
         return
+    if record.was_ready and isinstance(event, WorkerExited) and event.was_told:
+        books.decided("worker_left", record.spec.name, reason=event.error.message)
+        stop(books, record, Cause.OPERATOR, event.error.message, now)
+        return
     record.failed = True
     record.failures += 1
     record.retry_at = now + pause_after(record.failures, served=record.was_ready)

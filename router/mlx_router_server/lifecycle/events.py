@@ -132,6 +132,8 @@ class WorkerExited:
 
     worker: str
     error: MlxRouterError
+    was_told: bool = False
+    """It left because somebody else had told it to, which is no failure of its model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

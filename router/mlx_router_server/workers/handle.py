@@ -44,13 +44,14 @@ from mlx_router_shared.protocol import (
 )
 from mlx_router_shared.protocol import LoadFailed as LoadFailedMessage
 
-__all__ = ["StopReport", "WorkerHandle"]
+__all__ = ["StopReport", "WorkerHandle", "WorkerLeft"]
 
 _MOST_UNREAD_EVENTS: Final = 20_000
 _HUNG_SECONDS: Final = 1.0
 _TERM_SECONDS: Final = 3.0
 _KILL_SECONDS: Final = 10.0
 _LAST_WORD_SECONDS: Final = 0.5
+_ENDED_BY_TERM: Final = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,10 @@ class StopReport:
     reap_seconds: float
     rung: str
     """The last rung of the ladder that was needed: ``shutdown``, ``term`` or ``kill``."""
+
+
+class WorkerLeft(WorkerDied):
+    """The worker has left, or never got the request, and not because of it: another one may be asked the same."""
 
 
 class _Inbox:
@@ -120,6 +125,8 @@ class WorkerHandle:
         self.stats: Stats | None = None
         self.exited = asyncio.Event()
         self.exit_reason = ""
+        self.was_told = False
+        """Whether it has left because somebody else told it to."""
         self.on_exit: Callable[[], None] | None = None
         """Called when it is reaped, before anyone whose request it served is told."""
         self.on_reaped: Callable[[int], None] | None = None
@@ -135,6 +142,8 @@ class WorkerHandle:
         self._load_error: MlxRouterError | None = None
         self._broken = ""
         self._bye_at: float | None = None
+        self._is_stopping = False
+        """Whether its end was asked for here; a service manager or a user may send TERM as well."""
         self._inboxes: dict[str, _Inbox] = {}
         self._requests = 0
         self._stats_waiters: list[asyncio.Future[Stats]] = []
@@ -198,7 +207,8 @@ class WorkerHandle:
     async def generate(self, request: Request) -> AsyncGenerator[list[Event], None]:
         """The events of one request, as they come, the last of them ``Finish`` or ``Failure``.
 
-        Closing the generator early cancels the request in the worker. Raises ``WorkerDied`` when it cannot be sent.
+        Closing the generator early cancels the request in the worker. Raises ``WorkerLeft`` when it cannot be sent, or
+        when somebody else has told the worker to leave, once it is gone.
         """
         self._requests += 1
         request_id = f"{self.worker_id}-{self._requests}"
@@ -208,14 +218,23 @@ class WorkerHandle:
         ended = False
         try:
             if self.exited.is_set():
-                raise WorkerDied(self.exit_reason)
+                raise WorkerLeft(self.exit_reason)
             try:
                 self._link.send(self.worker_id, Submit(request_id=request_id, request=request))
+            except WorkerDied as error:
+                await self._exited_within(_TERM_SECONDS)
+                raise WorkerLeft(error.message) from None
             except ProtocolError as error:  # larger than any message may be
                 raise InvalidRequest(f"the request is too large: {error.message}") from None
             while not ended:
                 events = await inbox.take()
-                ended = isinstance(events[-1], Finish | Failure)
+                last = events[-1]
+                ended = isinstance(last, Finish | Failure)
+                if isinstance(last, Failure) and last.code == ErrorCode.SHUTTING_DOWN and not self._is_stopping:
+                    if events[:-1]:
+                        yield events[:-1]
+                    await self._exited_within(_TERM_SECONDS)
+                    raise WorkerLeft("model runner has unexpectedly stopped: its worker process was told to leave")
                 yield events
         finally:
             del self._inboxes[request_id]
@@ -252,6 +271,7 @@ class WorkerHandle:
         A worker that is ``hung`` gets no time for an orderly end: its socket thread ends it, if that still lives.
         """
         started = time.monotonic()
+        self._is_stopping = True
         rung = "shutdown"
         # The worker's own limit comes after TERM: it is for the case that we are gone by then.
         own_limit = _HUNG_SECONDS / 2 if hung else limit_seconds + 2 * _TERM_SECONDS
@@ -282,13 +302,16 @@ class WorkerHandle:
         if self.on_reaped is not None:
             self.on_reaped(self.pid)
         self.exit_reason = self._broken or self.process.describe_exit(status)
+        self.was_told = not self._is_stopping and (self._bye_at is not None or status in _ENDED_BY_TERM)
         self.exited.set()
         self._changed.set()
         if self.on_exit is not None:
             self.on_exit()
-        self.fail_requests(
-            "model runner has unexpectedly stopped: " + self.exit_reason if self._bye_at is None else "unloaded"
-        )
+        reason = "model runner has unexpectedly stopped: " + self.exit_reason
+        if self._is_stopping:
+            self.fail_requests("unloaded" if self._bye_at is not None else reason)
+        else:
+            self.fail_requests(reason, ErrorCode.SHUTTING_DOWN if self.was_told else ErrorCode.WORKER_DIED)
         for waiter in self._stats_waiters:
             waiter.cancel()
 

@@ -57,7 +57,7 @@ class WorkerLink:
         self._socket.setsockopt(zmq.SNDHWM, _HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.RCVHWM, _HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self._socket.bind(endpoint)
+        self.bind(endpoint)
         self._peers: dict[bytes, _Peer] = {}
         self.late_messages = 0
         """Messages of peers that are not, or no longer, listened to."""
@@ -65,6 +65,13 @@ class WorkerLink:
         self._look_again: asyncio.Handle | None = None
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._descriptor, self._read)
+
+    def bind(self, endpoint: str) -> None:
+        """Take connections there as well. Raises ``OSError``."""
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, f"{endpoint}: {error.strerror}") from None
 
     def expect(self, worker_id: str, token: str, on_message: OnMessage, on_broken: OnBroken) -> None:
         """Listen to this worker from now on. ``on_broken`` is called once if it talks nonsense."""

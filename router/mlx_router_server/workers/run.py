@@ -81,7 +81,9 @@ class Run:
         worker = self._worker
         try:
             handle = await self._get_process(standby, start)
-            handle.on_exit = lambda: self._post(WorkerExited(worker=worker, error=WorkerDied(handle.exit_reason)))
+            handle.on_exit = lambda: self._post(
+                WorkerExited(worker=worker, error=WorkerDied(handle.exit_reason), was_told=handle.was_told)
+            )
             handle.on_loading = self._note_progress
             self._post(WorkerStarted(worker=worker))
             self.timings.yielded = self._others_answer()

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import signal
+import stat
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -44,6 +45,14 @@ class RunDirectory:
         lock = os.open(path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return cls(path, lock)
+
+    def is_whole(self) -> bool:
+        """Whether it is still there: cleaners of temporary files remove what has not been touched for days."""
+        try:
+            lock, link = os.stat(self.path / "lock"), os.stat(self.path / "s")
+        except OSError:
+            return False
+        return lock.st_ino == os.fstat(self._lock).st_ino and stat.S_ISSOCK(link.st_mode)
 
     @property
     def endpoint(self) -> str:

@@ -113,6 +113,7 @@ class Supervisor:
         """Called with what a worker found out about its model."""
         self._measurements = Measurements(options.measurements)
         self._run_directory: RunDirectory | None = None
+        self._renewing = asyncio.Lock()
         self._link: WorkerLink | None = None
         self._owner: asyncio.Task[None] | None = None
         self._watchers: list[asyncio.Task[None]] = []
@@ -335,7 +336,7 @@ class Supervisor:
                     async with asyncio.timeout_at(until):
                         event = await self._events.get()
                         taken = True
-                if isinstance(event, WorkerFailed | WorkerExited):
+                if isinstance(event, WorkerFailed) or (isinstance(event, WorkerExited) and not event.was_told):
                     self._note_failure(event)
                 self._decide(event)
             except Exception:
@@ -460,14 +461,32 @@ class Supervisor:
         if not self._leaving and all(run.settled.is_set() for run in self._runs.values()):
             self._standby.refill()
 
+    async def _whole_run_directory(self, link: WorkerLink) -> RunDirectory:
+        """The run directory, made again if somebody has removed it; workers that are connected stay so."""
+        async with self._renewing:
+            directory = self._run_directory
+            assert directory is not None
+            if await asyncio.to_thread(directory.is_whole):
+                return directory
+            new = await asyncio.to_thread(RunDirectory.create)
+            log.warning("event=run_directory_lost path=%r new=%r", str(directory.path), str(new.path))
+            try:
+                link.bind(new.endpoint)
+            except OSError:
+                new.remove()
+                raise
+            for pid in self._pids:
+                new.note_worker(pid)
+            self._run_directory = new
+            directory.remove()
+            return new
+
     async def _start_process(self, engine: str) -> WorkerHandle:
         assert self._link is not None
-        assert self._run_directory is not None
+        directory = await self._whole_run_directory(self._link)
         worker_id, token = "p-" + secrets.token_hex(8), secrets.token_urlsafe(24)
-        process = await launch(
-            Bootstrap(endpoint=self._run_directory.endpoint, worker_id=worker_id, token=token, engine=engine)
-        )
-        self._run_directory.note_worker(process.pid)
+        process = await launch(Bootstrap(endpoint=directory.endpoint, worker_id=worker_id, token=token, engine=engine))
+        directory.note_worker(process.pid)
         self._pids.add(process.pid)
         handle = WorkerHandle(worker_id, engine, process, self._link, token)
         handle.on_hello = self._learn_budget
