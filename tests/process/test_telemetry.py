@@ -277,3 +277,17 @@ def test_nothing_is_told_any_more_of_a_model_that_was_removed(home: Path) -> Non
             return gauges | {model["name"] for model in router.status()["models"]}
 
         wait_until(lambda: told() <= {"demo:latest"}, "only what there is is told of")
+
+
+def test_a_router_whose_log_nobody_reads_goes_on(home: Path) -> None:
+    """Ctrl-S in a terminal, or a stuck collector behind a pipe."""
+    with running_router(home, *fake_config(home, {"a": {"tokens": 1}})) as router, ThreadPoolExecutor(8) as pool:
+        router.generate("a")
+        router.is_read.clear()
+        bodies = [{"model": "a", "messages": [{"role": "user", "content": "x"}], "unknown": "y" * 4000}] * 300
+        asked = [pool.submit(call, router, "POST", "/api/chat", body) for body in bodies]
+        assert {each.result().status for each in asked} == {200}
+        router.is_read.set()
+        last = call(router, "GET", "/api/version").status
+        assert last == 200
+        wait_until(lambda: sum("event=request request=" in line for line in router.lines) == 301, "what waited is here")

@@ -70,6 +70,9 @@ class RouterProcess:
             command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, cwd=cwd or home, text=True
         )
         self.lines: list[str] = []
+        self.is_read = threading.Event()
+        """Cleared by a test that does not read what the router writes."""
+        self.is_read.set()
         self._new_lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -78,6 +81,7 @@ class RouterProcess:
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
+            self.is_read.wait()
             self.lines.append(line.rstrip())
             self._new_lines.put(line.rstrip())
         self._new_lines.put(None)

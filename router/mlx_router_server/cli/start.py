@@ -104,6 +104,7 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
         return 1
     if received and os.environ.get("XPC_SERVICE_NAME") != LABEL:  # launchd would take it for a crash
         # The service manager sees the truth: ended by this signal, after an orderly shutdown.
+        logging.shutdown()  # nothing of Python runs after this signal
         signal.signal(received[0], signal.SIG_DFL)
         os.kill(os.getpid(), received[0])
     return 0

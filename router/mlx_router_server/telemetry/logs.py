@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import io
 import json
 import logging
 import logging.handlers
+import os
+import queue
 import re
+import select
 import sys
+import threading
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 from mlx_router_server.telemetry.ring import Ring
 
@@ -25,6 +31,8 @@ __all__ = ["LogLine", "LogRing", "configure_logs", "CURRENT_REQUEST", "one_line"
 _FILE_BYTES: Final = 10 * 2**20
 _FILES: Final = 5
 _KEPT: Final = 2000
+_WAITING: Final = 4096
+_FLUSH_SECONDS: Final = 1.0
 _LONGEST: Final = 8192  # characters of one line; whoever causes a line shall not fill a disk by it
 
 CURRENT_REQUEST: Final[ContextVar[str]] = ContextVar("request", default="")
@@ -98,12 +106,68 @@ def _unquoted(value: str) -> str:
     return value
 
 
-class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # which stream it is, nobody asks
-    """A class of our own, so that it is known again when the settings are read again."""
+class _Console(logging.Handler):
+    """Writes to standard error in a thread of its own: a terminal that was stopped with ctrl-S, or a pipe that nobody
+    reads, must not stop the router. So many lines wait at most; those beyond are counted and left out."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lines: queue.Queue[str | None] = queue.Queue(_WAITING)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record) + "\n"  # here, where the request is known that it belongs to
+        except Exception:
+            self.handleError(record)
+            return
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._dropped += 1
+
+    def flush(self) -> None:
+        """Wait until everything is written, but not for ever."""
+        with self._lines.all_tasks_done:
+            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, _FLUSH_SECONDS)
+
+    def close(self) -> None:
+        self.flush()
+        with suppress(queue.Full):  # then it hangs in a write, and ends with the process
+            self._lines.put_nowait(None)
+        super().close()
+
+    def _write_all(self) -> None:
+        while (line := self._lines.get()) is not None:
+            if dropped := self._dropped:
+                self._dropped -= dropped
+                text = f"event=log_lines_dropped count={dropped}"
+                note = logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None)
+                line = f"{self.format(note)}\n{line}"
+            with suppress(OSError, ValueError):  # closed: nobody will read it
+                self._write(line)
+            self._lines.task_done()
+
+    def _write(self, text: str) -> None:
+        """Past Python's buffer: at the end of the process nothing must wait for the lock of a write that hangs."""
+        try:
+            descriptor = self._stream.fileno()
+        except (AttributeError, io.UnsupportedOperation):
+            self._stream.write(text)
+            return
+        data = text.encode(errors="backslashreplace")
+        while data:
+            try:
+                data = data[os.write(descriptor, data) :]
+            except BlockingIOError:  # somebody who shares it has made it so
+                select.select([], [descriptor], [])
 
 
 class _File(logging.handlers.RotatingFileHandler):
-    """The same."""
+    """A class of our own, so that it is known again when the settings are read again."""
 
 
 def configure_logs(level: str, form: str = "text", file: str = "") -> None:
