@@ -18,6 +18,7 @@ import pytest
 
 from mlx_router_server.version import __version__
 from tests.support.command import command, command_on
+from tests.support.http import call
 from tests.support.router import RouterProcess, running_router, still_alive
 from tests.tiny_models.script import GREETING
 
@@ -168,3 +169,21 @@ def test_a_second_router_is_told_of_the_first(demo_router: RouterProcess) -> Non
     done = command_on(demo_router, "start")
     assert done.returncode == 1
     assert "another mlx-router answers" in done.stderr
+
+
+@pytest.mark.parametrize("limit", [100, 300, 3000])
+def test_a_low_limit_of_open_files_is_told_and_lived_with(home: Path, limit: int) -> None:
+    """mlx-lm asks for 4,096 when it is imported, and does not load where that is refused."""
+    limited = ["/bin/sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", sys.executable, "-P"]
+    with running_router(home, "--standby-workers", "0", python=limited) as router:
+        assert router.generate("demo", options={"num_predict": 2})["done"]
+        quantized = {"model": "q", "from": "demo", "quantize": "q4_0", "stream": False}
+        made = call(router, "POST", "/api/create", quantized)
+        assert made.status == 200, made.body
+        assert ("event=few_descriptors" in router.log) == (limit < 1024)
+    doctor = subprocess.run(
+        [*limited, "-m", "mlx_router_server", "doctor", "--json", "--port", "1"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "MLX_ROUTER_HOME": str(home)}, check=False,
+    )  # fmt: skip
+    (found,) = [finding for finding in json.loads(doctor.stdout) if finding["about"] == "open files"]
+    assert (found["level"] == "warning") == (limit < 1024)

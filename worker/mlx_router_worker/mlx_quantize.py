@@ -15,12 +15,15 @@ from typing import Any, Final
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from mlx_router_shared.codec import decode_job, encode_job_event
 from mlx_router_shared.errors import ErrorCode
 from mlx_router_shared.jobs import JobDone, JobEvent, JobFailed, JobProgress, JobStatus, QuantizeJob
+from mlx_router_worker.file_limit import kept_file_limit
 from mlx_router_worker.repository_code import RepositoryCodeGuard
+
+with kept_file_limit():
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 __all__ = ["main", "quantize"]
 

@@ -25,6 +25,7 @@ from mlx_router_shared.codec import decode_bootstrap
 from mlx_router_shared.errors import ProtocolError
 from mlx_router_shared.protocol import PROTOCOL_VERSION, Hello, Shutdown, ToWorker
 from mlx_router_worker.engine import Engine
+from mlx_router_worker.file_limit import kept_file_limit
 from mlx_router_worker.link import Link, Outlet, Progress
 from mlx_router_worker.loop import ComputeLoop
 
@@ -64,7 +65,9 @@ def main() -> None:
     context = zmq.Context()
     outlet = Outlet(context, bootstrap.endpoint, bootstrap.worker_id)
     # Only the engine that is wanted is imported: the fake one must not cost a second of mlx.
-    engine = cast(Engine, cast(Any, import_module(module)).__dict__[name](outlet.send_bytes))
+    with kept_file_limit():
+        imported = import_module(module)
+    engine = cast(Engine, cast(Any, imported).__dict__[name](outlet.send_bytes))
     # What the imports left behind stays for the life of the process; looked through once, and then never again.
     gc.collect()
     gc.freeze()

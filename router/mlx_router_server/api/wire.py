@@ -69,7 +69,10 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
 
     More connections than ``max_connections``, or than the system has descriptors for, are closed at once.
     """
-    most = min(max_connections or 1 << 30, _raise_descriptor_limit(max_connections) - _OWN_FILES)
+    descriptors = _raise_descriptor_limit(max_connections)
+    most = min(max_connections or 1 << 30, descriptors - min(_OWN_FILES, descriptors // 2))
+    if most < max_connections:
+        log.warning("event=few_descriptors limit=%d connections=%d hint=%r", descriptors, most, "raise ulimit -n")
     said = [-_SAY_EVERY_SECONDS]
 
     class GuardedProtocol(HttpToolsProtocol):

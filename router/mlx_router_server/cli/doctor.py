@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import stat
@@ -43,6 +44,7 @@ _WARNING: Final = "warning"
 _PROBLEM: Final = "problem"
 _MARKS: Final = {_OK: "✓", _WARNING: "!", _PROBLEM: "✗"}
 _SETTINGS: Final = ("MLX_ROUTER_", "OLLAMA_")
+_OWN_FILES: Final = 512  # of the router and its workers, beside connections
 _LEAST_FREE: Final = 5 * 10**9
 _HUB_SECONDS: Final = 5.0
 _TRIAL_SECONDS: Final = 120.0
@@ -153,6 +155,17 @@ def _memory(settings: Settings) -> Iterator[Finding]:
         yield Finding(level=_OK, about="memory", text=text)
     if sys.platform == "darwin" and (limit := wired_limit()):
         yield Finding(level=_OK, about="wired limit", text=human_size(limit))
+
+
+def _open_files(settings: Settings) -> Iterator[Finding]:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    wanted = settings.max_connections + _OWN_FILES
+    if limit == resource.RLIM_INFINITY or limit >= wanted:
+        yield Finding(level=_OK, about="open files", text="enough are allowed")
+        return
+    text = f"{limit} are allowed, {wanted} are needed for max_connections"
+    yield Finding(level=_WARNING, about="open files", text=text,
+                  mend=f"Raise the hard limit (ulimit -Hn {wanted}; LimitNOFILE= in a unit of systemd).")  # fmt: skip
 
 
 def _disk(settings: Settings) -> Iterator[Finding]:
@@ -291,5 +304,5 @@ def _kill_later(process: subprocess.Popen[str]) -> threading.Timer:
 
 
 _LOOKS: Final[tuple[Callable[[Settings], Iterator[Finding]], ...]] = (
-    _python, _packages, _device, _memory, _disk, _config, _permissions, _port, _hub, _leftovers, _trial,
+    _python, _packages, _device, _memory, _open_files, _disk, _config, _permissions, _port, _hub, _leftovers, _trial,
 )  # fmt: skip
