@@ -13,6 +13,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from mlx_router_shared.capabilities import chat_capabilities, read_chat_template, read_tokenizer_config
 from mlx_router_shared.errors import LoadFailed
+from mlx_router_shared.model_config import context_tokens, text_config
 from mlx_router_shared.protocol import Load, SetLimits
 from mlx_router_worker.engine import EngineReading, Report
 
@@ -22,7 +23,6 @@ _DEFAULT_CPU_CACHE: Final = 32 * 2**20  # MLX's own choice on Linux, where more 
 _EVALUATE_BYTES: Final = 128 * 2**20
 _POLITE_BYTES: Final = 16 * 2**20
 _LONGEST_REST: Final = 0.5  # seconds; a slow disk needs no rest
-_DEFAULT_CONTEXT: Final = 4096
 
 
 def refuse_additions(load: Load, kind: str) -> None:
@@ -75,10 +75,9 @@ class MlxBase:
 
     def _note_config(self, load: Load, config: dict[str, Any]) -> None:
         """The figures that the configuration says: context and vocabulary."""
-        text_config = config.get("text_config") or config
-        limit = int(text_config.get("max_position_embeddings") or _DEFAULT_CONTEXT)
+        limit = context_tokens(config)
         self._context_tokens = min(limit, load.context_tokens) if load.context_tokens else limit
-        self._vocabulary = int(text_config.get("vocab_size") or len(self._tokenizer))
+        self._vocabulary = int(text_config(config).get("vocab_size") or len(self._tokenizer))
         self._wired_bytes = load.wired_limit_bytes
 
     def _evaluate(self, report: Report, *, yields: bool = False) -> int:

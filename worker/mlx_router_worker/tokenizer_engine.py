@@ -15,6 +15,7 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_router_shared.errors import InvalidRequest, LoadFailed
 from mlx_router_shared.generation import Counted, CountRequest, Event, Finish, FinishReason, Request, StreamEvents
+from mlx_router_shared.model_config import context_tokens, text_config
 from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
 from mlx_router_worker.engine import EngineReading, Report
 from mlx_router_worker.repository_code import RepositoryCodeGuard
@@ -69,9 +70,8 @@ class TokenizerEngine:
             self._guard.refuse(path)
             config: dict[str, Any] = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
             tokenizer = load_tokenizer(Path(path), {"trust_remote_code": False})
-            text = config.get("text_config") or config
-            size = int(text.get("vocab_size") or len(tokenizer))
-            renderer = PromptRenderer(tokenizer, int(text.get("max_position_embeddings") or 4096), size)
+            size = int(text_config(config).get("vocab_size") or len(tokenizer))
+            renderer = PromptRenderer(tokenizer, context_tokens(config), size)
         self._renderers[path] = renderer
         self._renderers.move_to_end(path)
         if len(self._renderers) > _MOST_TOKENIZERS:

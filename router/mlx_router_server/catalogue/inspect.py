@@ -29,6 +29,7 @@ from mlx_router_shared.capabilities import (
     template_for_tools,
 )
 from mlx_router_shared.infill import infill_format
+from mlx_router_shared.model_config import context_tokens, text_config
 
 __all__ = ["NotServable", "check_config", "inspect_folder", "read_json"]
 
@@ -92,8 +93,7 @@ def inspect_folder(folder: Path, said: str = "") -> ModelFiles:
     except ValueError as error:
         raise NotServable(str(error)) from None
     template = read_chat_template(folder)
-    text = config.get("text_config")
-    text = text if isinstance(text, dict) else config
+    text = dict(text_config(config))
     engine, capabilities = _kind(folder, template, config, weight_files, sees, said)
     wants_extra = not has_vlm() and ("vision_config" in config or model_type in ENCODERS)
     return ModelFiles(
@@ -106,11 +106,11 @@ def inspect_folder(folder: Path, said: str = "") -> ModelFiles:
         family=model_type,
         parameters=weights.parameters,
         quantization=f"{bits}bit" if bits else _UNPACKED_BITS.get(weights.dtype, weights.dtype or "unknown"),
-        context_tokens=_number(text, "max_position_embeddings") or 4096,
+        context_tokens=context_tokens(config),
         cache=estimate_cache(text),
         work_bytes=work_space(text),
         capabilities=capabilities,
-        info=_info(model_type, text, weights),
+        info=_info(model_type, text, weights, context_tokens(config)),
         template=_default_template(template),
         license=_license(folder),
         parameters_text=_parameters(folder),
@@ -266,14 +266,14 @@ def _parameters(folder: Path) -> str:
     return "\n".join(f"{name:<30} {value}" for name, value in said)
 
 
-def _info(model_type: str, config: dict[str, Any], weights: WeightFacts) -> dict[str, str | int | float]:
+def _info(model_type: str, config: dict[str, Any], weights: WeightFacts, context: int) -> dict[str, str | int | float]:
     info: dict[str, str | int | float] = {
         "general.architecture": model_type,
         "general.parameter_count": weights.parameters,
         "general.file_type": weights.dtype,
+        f"{model_type}.context_length": context,
     }
     for key, name in (
-        ("context_length", "max_position_embeddings"),
         ("embedding_length", "hidden_size"),
         ("block_count", "num_hidden_layers"),
         ("feed_forward_length", "intermediate_size"),
@@ -283,7 +283,6 @@ def _info(model_type: str, config: dict[str, Any], weights: WeightFacts) -> dict
     ):
         if (value := _number(config, name)) is not None:
             info[f"{model_type}.{key}"] = value
-    info.setdefault(f"{model_type}.context_length", 4096)
     info["tokenizer.ggml.model"] = "huggingface"
     return info
 
