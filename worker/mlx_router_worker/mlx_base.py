@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model, load_tokenizer
 
@@ -67,6 +69,7 @@ class MlxBase:
         if load.adapter_path:
             model = load_adapters(model, load.adapter_path)
             model.eval()
+        _check_device(model)
         self._model, self._tokenizer = model, load_model_tokenizer(path, config.get("eos_token_id"))
         self._weights_bytes = self._evaluate(report, yields=load.yields)
         self._weights_seconds = time.perf_counter() - started
@@ -139,3 +142,16 @@ class MlxBase:
         self._model = self._tokenizer = None
         mx.synchronize()
         mx.clear_cache()
+
+
+def _check_device(model: nn.Module) -> None:
+    """Raises ``LoadFailed`` for what MLX cannot compute on a CPU: the first step would end the worker, each time."""
+    if mx.default_device().type != mx.cpu:
+        return
+    for module in model.modules():
+        if isinstance(module, SwitchLinear) and module.weight.dtype != mx.float32:
+            kind = str(module.weight.dtype).rpartition(".")[2]
+            raise LoadFailed(
+                f"its experts have weights in {kind}, which MLX computes on a GPU only; on a CPU, use a quantized or a "
+                "float32 version of this model"
+            )

@@ -315,11 +315,20 @@ class MlxEngine(MlxBase):
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def _tokenizer_json(self) -> str:
+        file = self._path / "tokenizer.json"
+        if file.exists():
+            return file.read_text(encoding="utf-8")
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UnsupportedCapability(
+                "this model's tokenizer has no tokenizer.json, which formats, schemas and required tool calls need"
+            )
+        return str(backend.to_str())
+
     def _follow(self, grammar: str) -> Any:
         if self._grammars is None:
-            file = self._path / "tokenizer.json"
-            text = file.read_text(encoding="utf-8") if file.exists() else self._tokenizer.backend_tokenizer.to_str()
-            self._grammars = Grammars(text, sorted(self._tokenizer.eos_token_ids))
+            self._grammars = Grammars(self._tokenizer_json(), sorted(self._tokenizer.eos_token_ids))
         follower = self._grammars.follow(grammar)
         if follower.broken:
             raise InvalidRequest(f"the schema cannot be enforced: {follower.broken}")
