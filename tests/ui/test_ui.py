@@ -213,7 +213,9 @@ def test_a_swap_is_followed_live(browser: Browser, home: Path) -> None:
         visit.state("a", "loading")
         visit.state("a", "ready")
         visit.row("b").get_by_role("button", name="Plan for b:latest").click()
-        expect(visit.page.locator("#plan-dialog")).to_contain_text("It is loaded once others have left.")
+        expect(visit.page.locator("#plan-dialog")).to_contain_text(
+            "loaded once others have left (the room of others is needed)"
+        )
         expect(visit.page.locator("#plan-facts")).to_contain_text("a:latest, 3.0 MB")
         visit.check_accessible("with a dialog")
         visit.page.keyboard.press("Escape")
@@ -259,8 +261,9 @@ def test_a_key_is_asked_for_and_used(browser: Browser, home: Path) -> None:
         visit = _Visit(context.new_page(), router)
         expect(visit.page.locator("#key-dialog")).to_be_visible()
         visit.page.fill("#key-input", "wrong")
+        expect(visit.page.locator("#key-error")).to_be_hidden()
         visit.page.keyboard.press("Enter")
-        expect(visit.page.locator("#key-dialog")).to_be_visible()
+        expect(visit.page.locator("#key-error")).to_have_text("The server does not know this key.")
         visit.page.fill("#key-input", secret)
         visit.page.keyboard.press("Enter")
         visit.state("demo", "unloaded")
@@ -296,6 +299,16 @@ def test_a_download_is_seen_to_get_on(browser: Browser, home: Path) -> None:
             visit.page.fill("#pull-name", "mlx-community/Nobody")
             visit.page.press("#pull-name", "Enter")
             expect(visit.page.locator("#pulls .bad")).to_contain_text("mlx-community/Nobody: ")
+
+
+def test_a_download_that_breaks_off_is_told(browser: Browser, home: Path) -> None:
+    """A proxy may end an answer in good order long before its end."""
+    line = '{"status":"pulling 0123","digest":"sha256:0123","total":4000000,"completed":1200000}\n'
+    with running_router(home, "--standby-workers", "0") as router, _visit(browser, router) as visit:
+        visit.page.route("**/api/pull", lambda route: route.fulfill(body=line, content_type="application/x-ndjson"))
+        visit.page.fill("#pull-name", "org/name")
+        visit.page.press("#pull-name", "Enter")
+        expect(visit.page.locator("#pulls .bad")).to_have_text(re.compile("org/name: the connection broke off"))
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)])

@@ -3,6 +3,7 @@
 const KEY = "mlx-router-key";
 let ask = null;
 
+// The callback is told whether a key was sent and refused.
 export function onKeyWanted(callback) { ask = callback; }
 export function hasKey() { return Boolean(sessionStorage.getItem(KEY)); }
 export function useKey(key) { key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY); }
@@ -24,7 +25,7 @@ export async function send(path, { method = "GET", body, headers = {}, signal } 
     const said = (await response.json()).error;
     message = typeof said === "string" ? said : said.message;
   } catch { /* not JSON: the status has to do */ }
-  if (response.status === 401 && ask) ask();
+  if (response.status === 401 && ask) ask(Boolean(key));
   throw new ApiError(response.status, message);
 }
 

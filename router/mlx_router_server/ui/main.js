@@ -26,7 +26,7 @@ async function look() {
     if (names !== known) { await listModels(); known = names; }
     connection("connected", false);
   } catch (error) {
-    connection(error.status === 401 || error.status === 403 ? "a key is wanted" : "the router does not answer; trying again", true);
+    connection(error.status === 401 ? "a key is wanted" : error.status === 403 ? error.message : "the router does not answer; trying again", true);
   }
 }
 
@@ -79,12 +79,14 @@ async function pull(name) {
   const item = el("li", {}, words, bar, button);
   $("pulls").prepend(item);
   const parts = new Map();
+  let last = "";
   try {
     const response = await send("/api/pull", { method: "POST", body: { model: name }, signal: stop.signal });
     for await (const line of lines(response)) {
       if (!line.trim()) continue;
       const data = JSON.parse(line);
       if (data.error) throw new Error(data.error);
+      last = data.status;
       if (data.digest) {
         parts.set(data.digest, [data.completed ?? 0, data.total]);
         const sum = [...parts.values()].reduce(([a, b], [c, d]) => [a + c, b + d], [0, 0]);
@@ -94,7 +96,7 @@ async function pull(name) {
         words.textContent = `${name}: ${data.status}`;
       }
     }
-    bar.value = 1;
+    if (last !== "success") throw new Error("the connection broke off before the end; pull it again to go on");
   } catch (error) {
     words.textContent = `${name}: ${error.name === "AbortError" ? "stopped; the next pull goes on from here" : error.message}`;
     words.className = error.name === "AbortError" ? "" : "bad";
@@ -107,7 +109,10 @@ async function pull(name) {
 
 // -------------------------------------------------------------------------- begin
 
-onKeyWanted(() => { if (!$("key-dialog").open) $("key-dialog").showModal(); });
+onKeyWanted((refused) => {
+  $("key-error").hidden = !refused;
+  if (!$("key-dialog").open) $("key-dialog").showModal();
+});
 $("key-dialog").addEventListener("close", () => { if ($("key-input").value) { useKey($("key-input").value.trim()); $("key-input").value = ""; $("key-button").hidden = false; look(); } });
 $("key-button").hidden = !hasKey();
 $("key-button").addEventListener("click", () => $("key-dialog").showModal());

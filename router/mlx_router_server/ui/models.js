@@ -134,12 +134,12 @@ function newRow(name) {
 function idle(model) { return ["unloaded", "backoff", "failed"].includes(model.state); }
 
 async function showPlan(name) {
-  const words = { serve: "It is served at once.", join: "It joins a load that has begun.", load: "It is loaded at once.",
-    evict: "It is loaded once others have left.", wait: "It waits.", refuse: "It is refused." };
+  const words = { serve: "served at once", join: "joins a load that has begun", load: "loaded at once",
+    evict: "loaded once others have left", wait: "waits", refuse: "refused" };
   let facts = [];
   try {
     const plan = await json("/admin/plan", { method: "POST", body: { model: name } });
-    $("plan-words").textContent = `${name}: ${words[plan.action]} ${plan.reason}`;
+    $("plan-words").textContent = `${name}: ${words[plan.action]}${plan.reason ? ` (${plan.reason})` : ""}`;
     facts = [["needs", size(plan.estimate_bytes)], ["budget", size(plan.budget_bytes)],
       ["not reserved", size(Math.max(0, plan.budget_bytes - plan.reserved_bytes))],
       ...plan.evict.map((victim) => ["evicts", `${victim.model}, ${size(victim.reserved_bytes)}${victim.drains_first ? ", after its requests" : ""}`]),
