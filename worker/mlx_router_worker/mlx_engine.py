@@ -169,7 +169,13 @@ class MlxEngine(MlxBase):
             raise UnsupportedCapability("this model generates text; it makes no embeddings")
         started = time.perf_counter()
         prompt = self._prompt(request)
-        events: list[Event] = [Started(prompt_tokens=len(prompt.tokens), dropped_messages=prompt.dropped)]
+        assert self._renderer is not None
+        started_event = Started(
+            prompt_tokens=len(prompt.tokens),
+            dropped_messages=prompt.dropped,
+            unhonoured=self._renderer.unhonoured(request),
+        )
+        events: list[Event] = [started_event]
         if request.echo and request.top_logprobs is not None:
             cache = make_prompt_cache(self._model)
             score = PromptScore(tokens=prompt.tokens, cache=cache, top=request.top_logprobs)

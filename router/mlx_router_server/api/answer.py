@@ -36,7 +36,7 @@ from mlx_router_server.workers.handle import WorkerLeft
 from mlx_router_server.workers.lease import Lease
 from mlx_router_server.workers.plan import LoadPlan, Wishes
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFound
-from mlx_router_shared.generation import Event, Failure, Finish, error_of
+from mlx_router_shared.generation import Event, Failure, Finish, Started, error_of
 from mlx_router_shared.generation import Request as CanonicalRequest
 
 __all__ = ["Answer", "AnswerStyle", "admit", "answer", "load_only"]
@@ -57,6 +57,10 @@ class AnswerStyle:
     whole_media_type: str = "application/json"
     on_end: Callable[[list[Transcript]], None] | None = None
     """Called once everything is known, before the client is told of the end."""
+    thinking: str = "reasoning_effort"
+    """What this API calls the wish that a model thinks or does not; empty if the request has none."""
+    effort: str = "reasoning_effort"
+    """What it calls the wish how hard a model thinks."""
 
 
 async def load_only(server: Server, plan: LoadPlan, wishes: Wishes) -> float:
@@ -109,6 +113,7 @@ class Answer:
         self._received = time.monotonic()
         self._loaded = self._received
         self._begun = False
+        self._unhonoured: tuple[str, ...] = ()
         self._told = False
         """Whether the client has been told anything that the worker said."""
         self._heartbeat = Heartbeat()
@@ -193,6 +198,7 @@ class Answer:
         transcripts = [Transcript() for _ in self._call.requests]
         async with aclosing(self._events(lease)) as batches:
             async for choice, events in batches:
+                self._note_unhonoured(events)
                 for event in events:
                     transcripts[choice].add(event)
         if sum(len(vector) for transcript in transcripts for vector in transcript.vectors) > _LARGE_BYTES:
@@ -221,6 +227,7 @@ class Answer:
             async with aclosing(self._events(lease)) as batches:
                 async for choice, events in batches:
                     self._told = True
+                    self._note_unhonoured(events)
                     moment = self._moment()
                     await self._begin(renderer, moment, send)
                     data = b"".join(renderer.on(event, moment, choice) for event in events)
@@ -244,9 +251,16 @@ class Answer:
         await send(self._head(renderer.media_type, [(b"cache-control", b"no-cache")]))
         await self._send_part(first, moment, send)
 
+    def _note_unhonoured(self, events: list[Event]) -> None:
+        """Fields that the worker could not follow are named in the header, if that is not sent yet."""
+        names = {"thinking": self._style.thinking, "thinking_effort": self._style.effort}
+        for event in events:
+            if isinstance(event, Started) and event.unhonoured:
+                self._unhonoured = tuple(dict.fromkeys(names[name] for name in event.unhonoured if names[name]))
+
     def _head(self, media_type: str, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
-        if self._call.ignored:
-            headers = [*headers, (b"x-ignored-fields", shown_in_header(self._call.ignored).encode())]
+        if ignored := (*self._call.ignored, *self._unhonoured):
+            headers = [*headers, (b"x-ignored-fields", shown_in_header(ignored).encode())]
         return {
             "type": "http.response.start",
             "status": 200,

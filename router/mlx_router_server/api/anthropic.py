@@ -27,6 +27,8 @@ async def messages(request: Request) -> Answer:
             answer_id, call.model, transcripts[0], show_thinking=asked.show_thinking
         ),
         stream=lambda: answers.AnthropicStream(answer_id, call.model, show_thinking=asked.show_thinking),
+        thinking="thinking" if asked.names_thinking else "",
+        effort="output_config.effort",
     )
     return await answer(request, call, style)
 

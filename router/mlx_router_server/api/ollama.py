@@ -199,6 +199,8 @@ async def _generate(request: Request, kind: Literal["chat", "generate"], asked: 
         whole=lambda transcripts, moment: answers.render_answer(kind, asked.model, transcripts[0], moment),
         stream=lambda: answers.OllamaStream(kind, asked.model),
         whole_media_type=_JSON,
+        thinking="think",
+        effort="think",
     )
     return await answer(request, asked.call, style)
 

@@ -58,7 +58,10 @@ async def create(request: Request) -> Answer:
             owner=caller_of(request).name,
         )
 
-    style = AnswerStyle(whole=whole, stream=stream, on_end=keep if asked.store else None)
+    style = AnswerStyle(
+        whole=whole, stream=stream, on_end=keep if asked.store else None,
+        thinking="reasoning.effort", effort="reasoning.effort",
+    )  # fmt: skip
     return await answer(request, asked.after(history), style)
 
 

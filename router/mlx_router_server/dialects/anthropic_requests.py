@@ -123,6 +123,8 @@ class MessagesCall(NamedTuple):
 
     call: Call
     show_thinking: bool
+    names_thinking: bool
+    """Whether the request says anything about thinking; it is off if not."""
 
 
 def parse_messages(body: bytes) -> MessagesCall:
@@ -166,7 +168,7 @@ def parse_messages(body: bytes) -> MessagesCall:
         needs=needs,
         ignored=(*ignored, *(f"options.{name}" for name in options.ignored)),
     )
-    return MessagesCall(call, asked.thinking.get("display") != "omitted")
+    return MessagesCall(call, asked.thinking.get("display") != "omitted", bool(asked.thinking))
 
 
 def parse_count(body: bytes) -> Call:

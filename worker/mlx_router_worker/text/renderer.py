@@ -10,6 +10,7 @@ import json
 from functools import cached_property
 from typing import Any, Final
 
+from mlx_router_shared.capabilities import chat_capabilities
 from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, UnsupportedCapability
 from mlx_router_shared.generation import GenerationRequest, Message, Role
 from mlx_router_shared.infill import infill_format
@@ -72,6 +73,18 @@ class PromptRenderer:
         if not tokens:
             raise InvalidRequest("the prompt is empty")
         return tokens, len(request.messages) - len(messages)
+
+    def unhonoured(self, request: GenerationRequest) -> tuple[str, ...]:
+        """What of a request the chat template has no means to follow: not to think, for a model that always does, and
+        how hard to think."""
+        if not is_chat(request) or not self._tokenizer.has_chat_template:
+            return ()
+        names = []
+        if request.thinking is False and self._thinks and not self.traits.thinking_switch:
+            names.append("thinking")
+        if request.thinking_effort is not None and not self.traits.effort:
+            names.append("thinking_effort")
+        return tuple(names)
 
     def _least_tokens(self, characters: int) -> int:
         """How many tokens a text of so many characters has at least. Half of that is allowed for tokenizers that
@@ -158,6 +171,11 @@ class PromptRenderer:
         if not all(is_token(self._tokenizer, token, self._vocabulary) for token in tokens):
             raise InvalidRequest(f"the {param} holds a token id outside of this model's vocabulary", param=param)
         return list(tokens)
+
+    @cached_property
+    def _thinks(self) -> bool:
+        can = chat_capabilities(self._tokenizer.chat_template, self._tokenizer.get_vocab(), {})
+        return bool(self._tokenizer.has_thinking and can.thinking)
 
     @cached_property
     def traits(self) -> TemplateTraits:
