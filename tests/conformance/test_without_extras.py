@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mlx_router_server.catalogue.architectures import has_vlm
+from mlx_router_server.catalogue.entry import install_command
 from tests.support.http import call
 from tests.support.router import running_router
 from tests.tiny_models.encoders import make_encoder, make_reranker
@@ -33,7 +34,7 @@ def test_encoders_rerankers_and_images_name_the_command(home: Path, tmp_path: Pa
         for path, body, extra in asks:
             reply = call(router, "POST", path, body)
             assert reply.status == 400
-            assert f"pip install 'mlx-router-server[{extra}]'" in reply.body.decode()
+            assert install_command(extra) in reply.body.decode()
         assert call(router, "POST", "/admin/models/encoder/load").status == 400
         assert router.children() == []
         tags = {m["name"]: m["capabilities"] for m in call(router, "GET", "/api/tags").json()["models"]}

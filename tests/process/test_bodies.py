@@ -137,7 +137,7 @@ def _inside(**item: Any) -> dict[str, Any]:
         ("/v1/chat/completions", {**_inside(), "chat_template_kwargs": {"messages": [], "tools": [1]}},
          "chat_template_kwargs.messages,chat_template_kwargs.tools"),
         ("/v1/chat/completions", {**_inside(), "reasoning": {"effort": "low", "max_tokens": 5}},
-         "reasoning.max_tokens"),
+         "reasoning.max_tokens,reasoning_effort"),
         ("/v1/messages", _inside(content=[{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]),
          "messages[].content[].cache_control"),
         ("/v1/messages", {**_inside(), "thinking": {"type": "disabled", "depth": 4}}, "thinking.depth"),

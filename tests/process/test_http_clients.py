@@ -126,11 +126,12 @@ def test_redundant_slashes_change_nothing(router: RouterProcess, path: str) -> N
     ("headers", "status"),
     [(b"", 400), (b"Host: localhost\r\nHost: localhost\r\n", 400), (b"Host: [::1]evil.com\r\n", 400),
      (b"Host: localhost:evil.com\r\n", 400), (b"Host: localhost:80:80\r\n", 400), (b"Host: evil.com\r\n", 403),
-     (b"Host: evil.local\r\n", 403), (b"Host: evil.internal\r\n", 403), (b"Host: localhost.\r\n", 200),
+     (b"Host: a.local\r\n", 200), (b"Host: local\r\n", 403), (b"Host: a.local.evil.com\r\n", 403),
+     (b"Host: localhost.\r\n", 200),
      (b"Host: [::1]:11434\r\n", 200), (b"Host: host.docker.internal:11434\r\n", 200), (b"Host: a.localhost\r\n", 200),
      (b"Host: 192.168.1.7:11434\r\n", 200), (b"Host:\r\n", 200)],
 )  # fmt: skip
-def test_the_host_header_is_one_name_of_this_machine(router: RouterProcess, headers: bytes, status: int) -> None:
+def test_the_host_header_is_one_name_that_cannot_be_rebound(router: RouterProcess, headers: bytes, status: int) -> None:
     answer = _exchange(router, b"GET /api/version HTTP/1.1\r\nConnection: close\r\n%s\r\n" % headers)
     assert answer.split(b" ", 2)[1] == b"%d" % status, answer
 

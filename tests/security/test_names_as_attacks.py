@@ -104,8 +104,8 @@ def test_a_name_is_only_ever_a_key(audited: tuple[RouterProcess, Audit], number:
     audit.begin()
     lines = len(router.lines)
     for method, path in _routes():
-        if path == "/admin/events":
-            continue
+        if path in ("/admin/events", "/admin/shutdown"):
+            continue  # one does not end, the other takes no name and ends the router
         if "{" in path:
             encoded = quote(name[:2000], safe="")
             target = re.sub(r"\{\w+(:path)?\}", encoded.replace("\\", r"\\"), path)

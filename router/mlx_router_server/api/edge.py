@@ -36,8 +36,8 @@ _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/?#@\s]*)(?::([0-9]{0,5})
 _SLASHES: Final = re.compile("//+")
 _NAMED: Final = ("/admin/models/", "/v1/models/", "/v1/responses/", "/api/blobs/")
 """Paths that end with a name."""
-_OWN_NAMES: Final = ("", "localhost", "host.docker.internal", "gateway.docker.internal", "host.containers.internal")
-"""Names by which programs and their containers call their own machine."""
+_LOCAL_NAMES: Final = (".localhost", ".local", ".internal")
+"""Ends of names that no public name server answers for, and that hence cannot be rebound; as Ollama has them."""
 _STAINLESS: Final = [
     "arch",
     "async",
@@ -169,10 +169,9 @@ def _host_name(host: str) -> str:
 
 
 def _is_local_host(host: str) -> bool:
-    """Whether a Host header names this machine, or an address of its networks: only names can be rebound."""
+    """Whether a Host header is this machine's name, an address of its networks, or a name that cannot be rebound."""
     name = _host_name(host)
-    own = socket.gethostname().lower()
-    if name in (*_OWN_NAMES, own, f"{own.partition('.')[0]}.local") or name.endswith(".localhost"):
+    if name in ("", "localhost", socket.gethostname().lower()) or name.endswith(_LOCAL_NAMES):
         return True
     try:
         address = ipaddress.ip_address(name)

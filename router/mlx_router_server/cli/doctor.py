@@ -271,11 +271,12 @@ def _trial(settings: Settings) -> Iterator[Finding]:
         watchdog = _kill_later(process)
         try:
             assert process.stderr is not None
-            line = process.stderr.readline()
-            url = line.rpartition(" on ")[2].strip()
-            if not url.startswith("http://"):
-                rest = line + process.stderr.read()
-                raise NoRouter(rest.strip().splitlines()[-1] if rest.strip() else "it ended without a word")
+            url = last = ""
+            while not url and (line := process.stderr.readline()):
+                last = line.strip() or last
+                url = line.partition(" listens on ")[2].strip()
+            if not url:
+                raise NoRouter(last or "it ended without a word")
             answer = Client(url).post("/api/generate", {"model": "demo", "prompt": "Hello!", "stream": False})
             took = time.monotonic() - began
             if not answer.get("response"):
