@@ -260,3 +260,23 @@ def test_a_run_directory_that_was_removed_is_made_again(home: Path) -> None:
         (last,) = [Path(file.path) for file in psutil.Process(router.pid).open_files() if file.path.endswith("/lock")]
         assert {int(note.name[2:]) for note in last.parent.glob("w-*")} == {child.pid for child in router.children()}
     assert not last.parent.exists()
+
+
+@pytest.mark.parametrize("standby", [0, 1])
+def test_a_worker_that_is_stopped_before_it_is_ready_costs_no_long_wait(home: Path, standby: int) -> None:
+    """SIGSTOP, a debugger, or a driver that hangs: nothing is heard of it, and it uses no processor."""
+    with running_router(home, "--standby-workers", str(standby)) as router, ThreadPoolExecutor(1) as pool:
+        if standby:
+            (pid,) = wait_until(lambda: router.status()["router"]["standby_pids"], "a standby worker")
+            os.kill(pid, signal.SIGSTOP)
+            began = time.monotonic()
+            assert router.generate("demo", options={"num_predict": 1})["done"]
+            assert time.monotonic() - began < 15, "a fresh one does it"
+            wait_until(lambda: not psutil.pid_exists(pid), "the one that hangs is ended", 20)
+            return
+        asked = pool.submit(router.generate, "demo")
+        (child,) = wait_until(router.children, "it is started")
+        os.kill(child.pid, signal.SIGSTOP)
+        with pytest.raises(ApiError, match="did not say hello, and has not got on for 20 s"):
+            asked.result(45)
+        wait_until(lambda: not child.is_running(), "it is ended", 10)

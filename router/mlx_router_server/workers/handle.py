@@ -16,6 +16,7 @@ from typing import Final, assert_never
 
 from mlx_router_server.workers.launcher import WorkerProcess
 from mlx_router_server.workers.link import WorkerLink
+from mlx_router_server.workers.liveness import Liveness
 from mlx_router_shared.errors import (
     ErrorCode,
     InvalidRequest,
@@ -51,6 +52,8 @@ _HUNG_SECONDS: Final = 1.0
 _TERM_SECONDS: Final = 3.0
 _KILL_SECONDS: Final = 10.0
 _LAST_WORD_SECONDS: Final = 0.5
+_LOOK_SECONDS: Final = 2.0
+_STILL_SECONDS: Final = 20.0
 _ENDED_BY_TERM: Final = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
@@ -171,7 +174,7 @@ class WorkerHandle:
     # ----------------------------------------------------------------- handshake and load
 
     async def wait_hello(self, limit_seconds: float) -> Hello:
-        """Wait until it could load. Raises ``WorkerDied`` or, at the limit, ``LoadFailed``."""
+        """Wait until it could load. Raises ``WorkerDied`` or, at the limit or if it does not get on, ``LoadFailed``."""
         await self._wait_until(lambda: self.hello is not None, limit_seconds, "did not say hello")
         assert self.hello is not None
         return self.hello
@@ -192,6 +195,7 @@ class WorkerHandle:
 
     async def _wait_until(self, done: Callable[[], bool], limit_seconds: float, what: str) -> None:
         end = time.monotonic() + (limit_seconds or math.inf)
+        liveness = Liveness(self.pid)
         while not done():
             if self._broken:
                 raise WorkerDied(f"its worker process broke the protocol: {self._broken}")
@@ -199,8 +203,14 @@ class WorkerHandle:
                 raise WorkerDied(self.exit_reason)
             if time.monotonic() >= end:
                 raise LoadFailed(f"its worker process {what} within {limit_seconds:g} s")
+            if liveness.still_seconds() > _STILL_SECONDS:
+                raise LoadFailed(f"its worker process {what}, and has not got on for {_STILL_SECONDS:g} s")
             self._changed.clear()
-            await _until(self._changed, end)
+            await _until(self._changed, min(end, time.monotonic() + _LOOK_SECONDS))
+            if self._changed.is_set():
+                liveness.note()
+            elif self.hello is not None:
+                self.send(GetStats())  # its socket thread answers even while it loads
 
     # ------------------------------------------------------------------------- requests
 

@@ -7,13 +7,14 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from mlx_router_server.workers.handle import WorkerHandle
-from mlx_router_shared.errors import MlxRouterError
+from mlx_router_server.workers.handle import StopReport, WorkerHandle
+from mlx_router_shared.errors import MlxRouterError, WorkerDied
 
 __all__ = ["StandbyPool"]
 
 log = logging.getLogger(__name__)
 
+_ANSWER_SECONDS: Final = 2.0
 _HELLO_SECONDS: Final = 120.0
 _MOST_FAILURES: Final = 3
 
@@ -28,6 +29,7 @@ class StandbyPool:
         self._filling: asyncio.Task[None] | None = None
         self._failures = 0
         self._closed = False
+        self._ending: set[asyncio.Task[StopReport]] = set()
 
     @property
     def workers(self) -> list[WorkerHandle]:
@@ -41,11 +43,27 @@ class StandbyPool:
         while True:
             while self._ready:
                 worker = self._ready.pop(0)
-                if not worker.exited.is_set():
+                if not worker.exited.is_set() and await self._answers(worker):
                     return worker
             if self._filling is None or self._filling.done():
                 return None
             await asyncio.wait([self._filling])
+
+    async def _answers(self, worker: WorkerHandle) -> bool:
+        """Whether it could be given a model; one that hangs is ended."""
+        try:
+            await worker.get_stats(_ANSWER_SECONDS)
+        except asyncio.CancelledError:
+            if worker.exited.is_set():
+                return False
+            self._ready.insert(0, worker)  # whoever wanted it does not want it any more
+            raise
+        except (TimeoutError, WorkerDied):
+            log.warning("event=standby_hangs worker=%s pid=%d", worker.worker_id, worker.pid)
+            self._ending.add(task := asyncio.create_task(worker.stop("it hangs", 0.0, hung=True), name="standby-end"))
+            task.add_done_callback(self._ending.discard)
+            return False
+        return True
 
     def resize(self, size: int) -> None:
         """From the next refill on; one too many is used up before another is started."""
@@ -87,4 +105,4 @@ class StandbyPool:
             self._filling.cancel()
             await asyncio.gather(self._filling, return_exceptions=True)
         workers, self._ready = self._ready, []
-        await asyncio.gather(*(worker.stop("the router is leaving", stop_seconds) for worker in workers))
+        await asyncio.gather(*(worker.stop("the router is leaving", stop_seconds) for worker in workers), *self._ending)
