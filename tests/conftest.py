@@ -5,12 +5,16 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.router import RouterProcess, running_router
+
+# Started in the background, the tests may have ctrl-C ignored, which the programs that are sent one would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _MODELS = {"small": 8_000_000, "other": 8_000_000}
 

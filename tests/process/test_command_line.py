@@ -185,5 +185,6 @@ def test_a_low_limit_of_open_files_is_told_and_lived_with(home: Path, limit: int
         [*limited, "-m", "mlx_router_server", "doctor", "--json", "--port", "1"],
         capture_output=True, text=True, timeout=120, env={**os.environ, "MLX_ROUTER_HOME": str(home)}, check=False,
     )  # fmt: skip
+    assert doctor.stdout, doctor.stderr
     (found,) = [finding for finding in json.loads(doctor.stdout) if finding["about"] == "open files"]
     assert (found["level"] == "warning") == (limit < 1024)

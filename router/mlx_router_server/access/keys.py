@@ -147,6 +147,7 @@ class KeyRing:
     def prove_local(self, challenge: str, port: int) -> str:
         """What shows a command that this router knows the local key, without telling the key; empty if it does not. The
         port is part of it, so that another program cannot pass the challenge on to a router at another port."""
+        self._refresh_local()
         return local_proof(self._local[0].digest, challenge, port) if self._local else ""
 
     def refresh(self) -> bool:

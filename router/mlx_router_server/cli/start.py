@@ -92,7 +92,9 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
     # From the first word on: a signal that comes before the loop runs must not be lost, or worse, be deadly.
     with server.capture_signals(), contextlib.suppress(KeyboardInterrupt):
         for address in addresses:
-            print(f"mlx-router {__version__} listens on {address}", file=sys.stderr, flush=True)
+            # In one piece: the log is written by a thread of its own.
+            sys.stderr.write(f"mlx-router {__version__} listens on {address}\n")
+            sys.stderr.flush()
         server.run(sockets=listeners)
     for listener in listeners:
         listener.close()
