@@ -67,7 +67,7 @@ def test_lines_that_nobody_reads_are_counted_and_left_out() -> None:
                 console.emit(logging.LogRecord("x", logging.INFO, "", 0, "line again", None, None))
             lines.append(out.readline())
         console.close()
-    (note,) = [line for line in lines if "log_lines_dropped" in line]
-    dropped = int(note.rpartition("=")[2])
+    notes = [line for line in lines if "log_lines_dropped" in line]
+    dropped = sum(int(note.rpartition("=")[2]) for note in notes)
     assert dropped > 1000
-    assert len(lines) - 2 + dropped == 6000, "each line is written or counted"
+    assert len(lines) - len(notes) - 1 + dropped == 6000, "each line is written or counted"

@@ -115,6 +115,7 @@ class _Console(logging.Handler):
         self._stream = stream
         self._lines: queue.Queue[str | None] = queue.Queue(_WAITING)
         self._dropped = 0
+        self._counting = threading.Lock()
         self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
         self._thread.start()
 
@@ -127,7 +128,8 @@ class _Console(logging.Handler):
         try:
             self._lines.put_nowait(line)
         except queue.Full:
-            self._dropped += 1
+            with self._counting:
+                self._dropped += 1
 
     def flush(self) -> None:
         """Wait until everything is written, but not for ever."""
@@ -142,8 +144,9 @@ class _Console(logging.Handler):
 
     def _write_all(self) -> None:
         while (line := self._lines.get()) is not None:
-            if dropped := self._dropped:
-                self._dropped -= dropped
+            with self._counting:
+                dropped, self._dropped = self._dropped, 0
+            if dropped:
                 text = f"event=log_lines_dropped count={dropped}"
                 note = logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None)
                 line = f"{self.format(note)}\n{line}"
