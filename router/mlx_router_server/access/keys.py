@@ -99,10 +99,13 @@ class Key:
 def make_key(name: str, scopes: Iterable[Scope], models: tuple[str, ...] = ()) -> tuple[str, Key]:
     """A new key: its text, which is shown once, and what is stored of it."""
     text = _PREFIX + secrets.token_urlsafe(32)
-    return text, Key(name=name, digest=_digest(text), scopes=frozenset(scopes), models=models, created_at=time.time())
+    return text, Key(
+        name=name, digest=key_digest(text), scopes=frozenset(scopes), models=models, created_at=time.time()
+    )
 
 
-def _digest(text: str) -> str:
+def key_digest(text: str) -> str:
+    """Return the SHA-256 of a key, in hex."""
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -125,7 +128,7 @@ class KeyRing:
         self._configured = tuple(
             Key(
                 name=f"api_keys[{number}]",
-                digest=text.removeprefix(_HASHED).lower() if text.startswith(_HASHED) else _digest(text),
+                digest=text.removeprefix(_HASHED).lower() if text.startswith(_HASHED) else key_digest(text),
                 scopes=frozenset(Scope),
             )
             for number, text in enumerate(configured)
@@ -142,7 +145,7 @@ class KeyRing:
         text = _read_local_key(self._local_file)
         if text:
             self._local_stamp = stamp
-            self._local = (Key(name="local", digest=_digest(text), scopes=frozenset(Scope)),)
+            self._local = (Key(name="local", digest=key_digest(text), scopes=frozenset(Scope)),)
 
     def prove_local(self, challenge: str, port: int) -> str:
         """What shows a command that this router knows the local key, without telling the key; empty if it does not. The
@@ -172,7 +175,7 @@ class KeyRing:
 
     def identify(self, presented: str) -> Caller | None:
         """Whose key this is. Takes the same time whichever it is, and whether or not it is one."""
-        digest = _digest(presented)
+        digest = key_digest(presented)
         found: Key | None = None
         for key in (*self._configured, *self._from_file, *self._local):
             if hmac.compare_digest(key.digest, digest):
@@ -223,11 +226,6 @@ def _read_local_key(file: Path) -> str:
 def local_proof(digest: str, challenge: str, port: int) -> str:
     """``digest`` is the SHA-256 of the local key, in hex."""
     return hmac.new(digest.encode(), f"{challenge}:{port}".encode(), hashlib.sha256).hexdigest()
-
-
-def key_digest(text: str) -> str:
-    """The SHA-256 of a key, in hex."""
-    return _digest(text)
 
 
 def read_keys(file: Path) -> list[Key]:

@@ -58,9 +58,9 @@ class AnswerStyle:
     on_end: Callable[[list[Transcript]], None] | None = None
     """Called once everything is known, before the client is told of the end."""
     thinking: str = "reasoning_effort"
-    """What this API calls the wish that a model thinks or does not; empty if the request has none."""
+    """This API's field that turns thinking on or off; empty if the request does not have it."""
     effort: str = "reasoning_effort"
-    """What it calls the wish how hard a model thinks."""
+    """This API's field for the effort of thinking."""
 
 
 async def load_only(server: Server, plan: LoadPlan, wishes: Wishes) -> float:

@@ -133,7 +133,7 @@ class WorkerExited:
     worker: str
     error: MlxRouterError
     was_told: bool = False
-    """It left because somebody else had told it to, which is no failure of its model."""
+    """It exited on a SIGTERM that this router did not send; that is not counted as a failure of its model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
