@@ -151,7 +151,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _host_problem(scope: Scope, headers: Headers) -> str:
-    """What is wrong with the Host header by RFC 9112, section 3.2; empty if it is as it has to be."""
+    """Return what is wrong with the Host header (RFC 9112, section 3.2); empty if it is valid."""
     hosts = headers.getlist("host")
     if len(hosts) > 1:
         return "the request has more than one Host header"

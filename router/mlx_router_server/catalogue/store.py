@@ -92,7 +92,7 @@ class Store:
     # ---------------------------------------------------------------- manifests
 
     def make_folders(self) -> None:
-        """Make those that are not there; somebody may have removed the home folder. Raises ``OSError``."""
+        """Create the folders that do not exist. Raises ``OSError``."""
         for folder in (self._manifests, self._weights, self._blobs):
             folder.mkdir(parents=True, exist_ok=True)
 
