@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from transformers import AutoTokenizer
 
@@ -268,3 +270,23 @@ def test_a_request_whose_stream_cannot_be_built_leaves_nothing_behind(
     out = {"next": engine.submit("next", _ask("Hello!"))}
     _play(engine, out)
     assert _text(out["next"]) == GREETING
+
+
+def test_a_long_answer_leaves_no_growing_graph_in_a_cache_that_no_token_depends_on(tmp_path: Path) -> None:
+    """SmolLM3 has layers without positions: nothing reads the offset that their caches count up at each step."""
+    model = make_random_model(tmp_path / "model", size_bytes=1_000_000, architecture="smollm3")
+    engine = MlxEngine(lambda data: None)
+    engine.load(Load(model="m", path=str(model), context_tokens=2048, parallel=2), lambda *stage: None)
+    engine.submit("long", _ask("Hello!", max_tokens=2000, sampling=Sampling(temperature=0.0)))
+    lengths: list[int] = []
+    for step in range(1, 561):
+        engine.step()
+        assert engine.streams == 1
+        if step % 40 == 0:
+            assert engine._generator is not None
+            graph = io.StringIO()
+            mx.export_to_dot(graph, *(cache.offset for cache in engine._generator._generation_batch.prompt_cache))
+            lengths.append(graph.getvalue().count("\n"))
+    engine.close()
+    assert lengths[5] > 3 * lengths[0], "it grows at each step"
+    assert max(lengths) < 1.2 * lengths[5], "and begins again after 256 of them"

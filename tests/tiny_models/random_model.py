@@ -82,7 +82,7 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=parse_size, default=8_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bits", type=int, default=0, choices=(0, 2, 3, 4, 5, 6, 8))
-    parser.add_argument("--architecture", default="qwen3", choices=("qwen3", "qwen2", "llama"))
+    parser.add_argument("--architecture", default="qwen3", choices=("qwen3", "qwen2", "llama", "smollm3"))
     options = parser.parse_args()
     print(make_random_model(options.folder, size_bytes=options.size, seed=options.seed, bits=options.bits,
                             architecture=options.architecture))  # fmt: skip

@@ -62,6 +62,7 @@ __all__ = ["PREFILL_TOKENS", "MlxEngine", "Prompt"]
 # default of 2048 is made for throughput.
 PREFILL_TOKENS: Final = 512
 _LEAST_PREFILL_TOKENS: Final = 64
+_STEPS_BETWEEN_CACHE_EVALS: Final = 256
 _JSON_CALLS: Final = "mlx_lm.tool_parsers.json_tools"
 _DRAFT_UID: Final = -1  # the generator counts from 0
 
@@ -95,6 +96,7 @@ class MlxEngine(MlxBase):
         self._generator: BatchGenerator | None = None
         self._drafts: DraftLane | None = None
         self._machine: Any = None
+        self._batch_steps = 0
         self._generation_config = Sampling()
         self._samplers: Samplers | None = None
         self._grammars: Grammars | None = None
@@ -385,6 +387,9 @@ class MlxEngine(MlxBase):
         assert self._generator is not None
         self._share_step()
         prompts, responses = self._generator.next()
+        self._batch_steps += 1
+        if self._batch_steps % _STEPS_BETWEEN_CACHE_EVALS == 0:
+            self._eval_caches()
         for response in responses:
             self._tell(response.uid, Drawn(response.token, response.logprobs, response.finish_reason), out)
         for prompt in prompts:
@@ -392,6 +397,13 @@ class MlxEngine(MlxBase):
                 self._tell(prompt.uid, first, out)
                 if (stream := self._streams.get(prompt.uid)) is not None:
                     stream.told_early = True
+
+    def _eval_caches(self) -> None:
+        """Evaluate what no token depends on, such as the offset of a layer without positions: each step adds to its
+        graph, and the graph keeps a buffer per step until it is evaluated (mlx-lm's generator evaluates tokens only).
+        """
+        assert self._generator is not None
+        mx.eval([cache.state for cache in self._generator._generation_batch.prompt_cache if not cache.empty()])
 
     def _tell(self, uid: int, drawn: Drawn, out: list[StreamEvents]) -> None:
         stream = self._streams.get(uid)
