@@ -146,6 +146,22 @@ def test_a_client_that_does_not_read_its_answer_is_let_go(home: Path) -> None:
             wait_until(lambda: router.model("a")["in_flight"] == 0, "its place is free")
 
 
+@pytest.mark.req("R10", "R52")
+def test_what_the_system_would_keep_for_a_client_counts_as_unread(home: Path) -> None:
+    """Its buffer takes megabytes: a whole answer might lie there, and its request count as done."""
+    script = {"text": "x" * 2_000_000, "context_tokens": 10_000_000}
+    arguments = fake_config(home, {"a": script}, reading_timeout_seconds=1.0)
+    with running_router(home, *arguments) as router, socket.socket() as connection:
+        body = b'{"model":"a","prompt":"go","stream":false}'
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+        parts = urlsplit(router.url)
+        connection.connect((parts.hostname or "", parts.port or 0))
+        connection.sendall(
+            b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
+        router.wait_line("client_stalled")
+
+
 @pytest.mark.req("R10")
 def test_a_client_that_reads_slowly_and_steadily_gets_everything(home: Path) -> None:
     """Also of one large body, of which much lies here all the time."""

@@ -10,7 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import socket
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,6 +27,11 @@ log = logging.getLogger(__name__)
 _OWN_FILES: Final = 256
 """Descriptors that workers, logs and listeners need, beside connections."""
 _SAY_EVERY_SECONDS: Final = 10.0
+_UNSENT_BYTES: Final = 128 * 1024
+"""How much of an answer the system takes before it can send it; without a bound that is 4 MB on Linux, and a client
+that does not read would be noticed only after as much."""
+_NOTSENT_LOWAT: Final = {"linux": 25, "darwin": 0x201}.get(sys.platform)
+"""TCP_NOTSENT_LOWAT, which Python names on Linux only."""
 _LINGER_SECONDS: Final = 30.0
 _LINGER_SILENCE_SECONDS: Final = 5.0
 
@@ -87,6 +95,7 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn does
             super().connection_made(transport)
+            _bound_unsent(transport)
             if len(self.connections) > most:
                 self._say_full()
                 transport.abort()
@@ -272,6 +281,14 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
                 log.warning("event=connections_full limit=%d", most)
 
     return GuardedProtocol
+
+
+def _bound_unsent(transport: asyncio.Transport) -> None:
+    """Have the socket count as full when ``_UNSENT_BYTES`` wait in the system to be sent."""
+    connection = transport.get_extra_info("socket")
+    if _NOTSENT_LOWAT is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError):  # macOS refuses options for a connection that the client has reset
+            connection.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, _UNSENT_BYTES)
 
 
 def _raise_descriptor_limit(connections: int) -> int:
