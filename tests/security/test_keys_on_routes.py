@@ -79,6 +79,14 @@ def test_without_a_key_nothing_is_answered(locked: RouterProcess, method: str, p
 
 
 @pytest.mark.req("R31")
+def test_a_key_put_into_a_path_is_not_logged(locked: RouterProcess) -> None:
+    key = _KEYS["admin"]
+    assert call(locked, "GET", f"/{key}/v1/models").status == 401
+    locked.wait_line("event=refused path='/\\*+/v1/models'")
+    assert key not in locked.log
+
+
+@pytest.mark.req("R31")
 @pytest.mark.parametrize(("method", "path"), _ROUTES, ids=lambda value: str(value))
 def test_a_key_opens_its_own_scope_only(locked: RouterProcess, method: str, path: str) -> None:
     if path in OPEN_PATHS or path in ("/admin/events", "/admin/logs/stream"):

@@ -56,6 +56,17 @@ def test_configured_keys_may_be_hashed_and_may_do_everything() -> None:
     assert ring.identify(digest) is ring.identify(f"sha256:{digest}") is None
 
 
+def test_a_path_is_logged_without_the_keys_in_it() -> None:
+    text, _ = make_key("laptop", [Scope.INFERENCE])
+    ring = KeyRing(("correct-horse",), None)
+    assert ring.masked("/v1/chat/completions") == "/v1/chat/completions"
+    assert ring.masked("/v1/models/qwen3:4b") == "/v1/models/qwen3:4b"
+    assert ring.masked("/correct-horse/v1/chat") == "/****/v1/chat"
+    assert ring.masked("/v1/Bearer correct-horse") == "/v1/Bearer ****"
+    assert ring.masked(f"/v1/{text}/chat") == "/v1/mlxr-****/chat"
+    assert ring.masked("/api/sk-ant-api03-0123456789") == "/api/sk-****"
+
+
 def test_the_local_key_opens_but_does_not_ask(tmp_path: Path) -> None:
     renew_local_key(tmp_path)
     text = local_key(tmp_path)

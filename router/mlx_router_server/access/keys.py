@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import hmac
 import json
+import re
 import secrets
 import time
 from collections.abc import Iterable
@@ -43,6 +44,9 @@ __all__ = [
 _PREFIX: Final = "mlxr-"
 _HASHED: Final = "sha256:"
 _MOST_BYTES: Final = 2**20
+_MASK: Final = "****"
+_KEY_LIKE: Final = re.compile(r"(mlxr-|sk-|hf_)[A-Za-z0-9_-]{8,}")
+"""As keys of this server, of the OpenAI and Anthropic clients and of the hub begin."""
 
 
 class Scope(StrEnum):
@@ -181,6 +185,12 @@ class KeyRing:
             if hmac.compare_digest(key.digest, digest):
                 found = key
         return found.caller if found is not None else None
+
+    def masked(self, path: str) -> str:
+        """The path of a URL as it may be logged: without what is a key or looks like one."""
+        parts = re.split(r"([/:@=&?; ])", path)
+        hidden = [_MASK if part and self.identify(part) is not None else part for part in parts]
+        return _KEY_LIKE.sub(rf"\1{_MASK}", "".join(hidden))
 
 
 # ----------------------------------------------------------------------------------------------------- the file

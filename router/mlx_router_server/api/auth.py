@@ -59,7 +59,8 @@ class Auth:
             try:
                 scope.setdefault("state", {})["caller"] = self._admit(server, scope)
             except (Unauthenticated, Forbidden) as error:
-                log.warning("event=refused path=%r code=%s client=%r", scope["path"][:200], error.code, scope["client"])
+                path = server.keys.masked(scope["path"][:200])
+                log.warning("event=refused path=%r code=%s client=%r", path, error.code, scope["client"])
                 response = error_response(scope, error)
                 if isinstance(error, Unauthenticated):
                     response.headers["www-authenticate"] = "Bearer"

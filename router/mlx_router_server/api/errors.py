@@ -117,5 +117,6 @@ async def _nobody(request: Request, error: Exception) -> Response:
 
 async def _unknown(request: Request, error: Exception) -> Response:
     """A defect of ours: the details are in the log, not in the answer."""
-    log.error("event=internal_error path=%r", request.url.path, exc_info=error)
+    path = request.app.state.server.keys.masked(request.url.path)
+    log.error("event=internal_error path=%r", path, exc_info=error)
     return error_response(request.scope, MlxRouterError("internal server error"))

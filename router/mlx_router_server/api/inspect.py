@@ -37,7 +37,8 @@ class Inspector:
             return
         began = time.monotonic()
         seen = Inspected(
-            request=scope["state"]["request_id"], at=time.time(), method=scope["method"], path=scope["path"],
+            request=scope["state"]["request_id"], at=time.time(), method=scope["method"],
+            path=server.keys.masked(scope["path"]),
             headers=[(name.decode("latin-1"), "****" if name.lower() in _SECRET_HEADERS else value.decode("latin-1"))
                      for name, value in scope["headers"]],
         )  # fmt: skip
