@@ -52,21 +52,18 @@ from mlx_router_server.lifecycle.states import State
 from mlx_router_server.lifecycle.views import LoadForecast, ModelView, WaiterView
 from mlx_router_server.telemetry.events import Happenings
 from mlx_router_server.workers.counter import TokenCounter
-from mlx_router_server.workers.handle import WorkerHandle
-from mlx_router_server.workers.launcher import launch
 from mlx_router_server.workers.lease import Lease
-from mlx_router_server.workers.link import WorkerLink
 from mlx_router_server.workers.measured import Measured, Measurements
-from mlx_router_server.workers.memory import process_bytes, wired_limit
+from mlx_router_server.workers.memory import wired_limit
 from mlx_router_server.workers.plan import Failure, LoadPlan, SupervisorOptions, Wishes, WorkerView
+from mlx_router_server.workers.processes import WorkerProcesses
 from mlx_router_server.workers.run import Run
-from mlx_router_server.workers.run_directory import RunDirectory
 from mlx_router_server.workers.standby import StandbyPool
 from mlx_router_server.workers.timings import EvictionTimings, SwapTimings
 from mlx_router_server.workers.watching import watch_memory, watch_progress
 from mlx_router_shared.errors import ShuttingDown
 from mlx_router_shared.generation import Counted, CountRequest
-from mlx_router_shared.protocol import Bootstrap, Hello, ModelFacts
+from mlx_router_shared.protocol import Hello, ModelFacts
 
 __all__ = ["Supervisor"]
 
@@ -97,8 +94,6 @@ class Supervisor:
         self._last_failures: dict[str, Failure] = {}
         self._evictions_for: dict[str, list[EvictionTimings]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._pids: set[int] = set()
-        """Of every worker process that lives, with a model or without."""
         self._changed = asyncio.Event()
         self._leaving = False
         self._stop_seconds = options.stop_timeout_seconds
@@ -112,18 +107,15 @@ class Supervisor:
         self.on_facts: Callable[[LoadPlan, ModelFacts], None] | None = None
         """Called with what a worker found out about its model."""
         self._measurements = Measurements(options.measurements)
-        self._run_directory: RunDirectory | None = None
-        self._renewing = asyncio.Lock()
-        self._link: WorkerLink | None = None
+        self._processes = WorkerProcesses(self._learn_budget)
         self._owner: asyncio.Task[None] | None = None
         self._watchers: list[asyncio.Task[None]] = []
-        self._standby = StandbyPool(options.standby_workers, self._start_process)
-        self._counters = {kind: TokenCounter(kind, self._start_process) for kind in ("tokenizer", "fake")}
+        self._standby = StandbyPool(options.standby_workers, self._processes.start)
+        self._counters = {kind: TokenCounter(kind, self._processes.start) for kind in ("tokenizer", "fake")}
 
     async def start(self) -> None:
         """Bind the socket and start owning; the standby worker comes by itself."""
-        self._run_directory = await asyncio.to_thread(RunDirectory.create)
-        self._link = WorkerLink(self._run_directory.endpoint)
+        await self._processes.open()
         self._owner = asyncio.create_task(self._own(), name="owner")
         memory = watch_memory(self._options.read_memory, self._note_memory, self._options.memory_interval_seconds)
         progress = watch_progress(
@@ -164,10 +156,7 @@ class Supervisor:
             if not future.done():
                 future.set_exception(ShuttingDown("the server is shutting down"))
         await self._measurements.close()
-        if self._link is not None:
-            await self._link.close()
-        if self._run_directory is not None:
-            self._run_directory.remove()
+        await self._processes.close()
 
     # ------------------------------------------------------------------ the door
 
@@ -428,11 +417,11 @@ class Supervisor:
         return any(run.is_answering(time.monotonic()) for run in self._runs.values())
 
     async def _live(self, run: Run) -> None:
-        await run.live(self._standby, self._start_process)
+        await run.live(self._standby, self._processes.start)
         self._refill_standby()
 
     async def _stop_worker(self, run: Run, effect: StopWorker) -> None:
-        timings = await run.stop(effect, self._stop_seconds, self._bytes_of_others)
+        timings = await run.stop(effect, self._stop_seconds, self._processes.bytes_of_others)
         if run.handle is not None and not run.handle.exited.is_set():
             self.left_behind.append(run.handle.pid)
         if timings is not None:
@@ -445,10 +434,6 @@ class Supervisor:
         self._refill_standby()
         self._wake()
 
-    def _bytes_of_others(self, pid: int) -> int:
-        """What the router and all of its processes but one hold."""
-        return sum(process_bytes(other) for other in (os.getpid(), *self._pids) if other != pid)
-
     def _note_failure(self, event: WorkerFailed | WorkerExited) -> None:
         """Unless it was told to leave: then its exit is no failure."""
         run = self._runs.get(event.worker)
@@ -460,43 +445,6 @@ class Supervisor:
         """Not while anything loads or makes its first token: the imports would compete with it for the cores."""
         if not self._leaving and all(run.settled.is_set() for run in self._runs.values()):
             self._standby.refill()
-
-    async def _whole_run_directory(self, link: WorkerLink) -> RunDirectory:
-        """The run directory, made again if somebody has removed it; workers that are connected stay so."""
-        async with self._renewing:
-            directory = self._run_directory
-            assert directory is not None
-            if await asyncio.to_thread(directory.is_whole):
-                return directory
-            new = await asyncio.to_thread(RunDirectory.create)
-            log.warning("event=run_directory_lost path=%r new=%r", str(directory.path), str(new.path))
-            try:
-                link.bind(new.endpoint)
-            except OSError:
-                new.remove()
-                raise
-            for pid in self._pids:
-                new.note_worker(pid)
-            self._run_directory = new
-            directory.remove()
-            return new
-
-    async def _start_process(self, engine: str) -> WorkerHandle:
-        assert self._link is not None
-        directory = await self._whole_run_directory(self._link)
-        worker_id, token = "p-" + secrets.token_hex(8), secrets.token_urlsafe(24)
-        process = await launch(Bootstrap(endpoint=directory.endpoint, worker_id=worker_id, token=token, engine=engine))
-        directory.note_worker(process.pid)
-        self._pids.add(process.pid)
-        handle = WorkerHandle(worker_id, engine, process, self._link, token)
-        handle.on_hello = self._learn_budget
-        handle.on_reaped = self._forget_process
-        return handle
-
-    def _forget_process(self, pid: int) -> None:
-        self._pids.discard(pid)
-        if self._run_directory is not None:
-            self._run_directory.forget_worker(pid)
 
     def _note_memory(self, reading: MemoryReading) -> None:
         self._post(MemoryRead(reading=reading))
