@@ -6,16 +6,15 @@ created here, extra folders, the Hugging Face cache. Runs in a thread; what it r
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from mlx_router_server.catalogue.adapters import adapter_bytes, adapter_digest
 from mlx_router_server.catalogue.aliases import SHIPPED, keyed
 from mlx_router_server.catalogue.discovery import Found, discover_folders, discover_hub
 from mlx_router_server.catalogue.entry import Capability, ModelEntry, ModelFiles
@@ -24,6 +23,7 @@ from mlx_router_server.catalogue.kinds import Kind
 from mlx_router_server.catalogue.names import ModelName, parse_name
 from mlx_router_server.catalogue.overlay import NOTHING, Overlay
 from mlx_router_server.catalogue.scans import BoundedScans, ScanTimeout
+from mlx_router_server.catalogue.stamps import digest_of, stamp, stamps_below
 from mlx_router_server.catalogue.store import Manifest, Store
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError
 
@@ -32,7 +32,6 @@ __all__ = ["DEMO_FOLDER", "Facts", "Index", "IndexBuilder", "Registered", "Sourc
 DEMO_FOLDER: Final = Path(__file__).parent / "demo"
 
 _SCAN_SECONDS: Final = 10.0
-_MODEL_FILES: Final = (".json", ".safetensors", ".jinja", ".model")
 _NOT_LOADED: Final = ("README", "LICENSE", ".")
 _HANGING: Final = -1
 """The stamp of a folder that did not answer: a change of it means that it answers again."""
@@ -118,18 +117,18 @@ class IndexBuilder:
         """Modification times of the folders in which models come and go: a few system calls, no file is opened."""
         stamps: list[tuple[str, int]] = []
         if self._store is not None:
-            stamps += [*_stamp(self._store.root / "manifests"), *_stamp(self._store.root / "pulled.json")]
+            stamps += [*stamp(self._store.root / "manifests"), *stamp(self._store.root / "pulled.json")]
         roots = [*self.sources.folders] + ([self.sources.hub] if self.sources.hub else [])
         for root in roots:
             try:
-                stamps += self._scans.run(f"stamps {root}", partial(_stamps_below, root))
+                stamps += self._scans.run(f"stamps {root}", partial(stamps_below, root))
             except ScanTimeout:
                 stamps.append((str(root), _HANGING))
         for registered in self.sources.registered:
             if registered.path is not None:
                 path = registered.path
                 try:
-                    stamps += self._scans.run(f"stamps {path}", partial(_stamp, path))
+                    stamps += self._scans.run(f"stamps {path}", partial(stamp, path))
                 except ScanTimeout:
                     stamps.append((str(path), _HANGING))
         return tuple(sorted(stamps))
@@ -244,8 +243,8 @@ class IndexBuilder:
             license="\n\n".join(manifest.overlay.license) or files.license,
         )
         return ModelEntry(name=name, path=path, source="created", files=files, base=base, overlay=manifest.overlay,
-                          adapter=adapter, adapter_bytes=_adapter_bytes(adapter),
-                          adapter_digest=_adapter_digest(adapter))  # fmt: skip
+                          adapter=adapter, adapter_bytes=adapter_bytes(adapter),
+                          adapter_digest=adapter_digest(adapter))  # fmt: skip
 
     def _scanned(self, registered: dict[str, Registered]) -> Iterator[tuple[Found, ModelFiles | Unservable]]:
         """Every folder that looks like a model, with its facts, in the order of the sources.
@@ -314,7 +313,7 @@ class IndexBuilder:
                 log.exception("event=model_unreadable path=%r", str(found.path))
                 known = Unservable(reason=f"its files make no sense: {type(error).__name__}: {error}")
             if isinstance(known, ModelFiles):
-                known = replace(known, stamp=_hash(item for item in listing if not item[0].startswith(_NOT_LOADED)))
+                known = replace(known, stamp=digest_of(item for item in listing if not item[0].startswith(_NOT_LOADED)))
             self._inspected[key] = known
         return known
 
@@ -325,31 +324,9 @@ def _with_registered(entry: ModelEntry, said: Registered) -> ModelEntry:
         return entry
     files = replace(entry.files, digest=said.overlay.digest_over(entry.files.digest), weights_digest=entry.files.digest)
     return replace(
-        entry, files=files, overlay=said.overlay, adapter=said.adapter, adapter_bytes=_adapter_bytes(said.adapter),
-        adapter_digest=_adapter_digest(said.adapter),
+        entry, files=files, overlay=said.overlay, adapter=said.adapter, adapter_bytes=adapter_bytes(said.adapter),
+        adapter_digest=adapter_digest(said.adapter),
     )  # fmt: skip
-
-
-def _adapter_digest(folder: Path | None) -> str:
-    """Of the adapter's configuration, and of the size and time of its weights; empty where there is none."""
-    if folder is None:
-        return ""
-    facts = []
-    for name in ("adapter_config.json", "adapters.safetensors"):
-        try:
-            stat = (folder / name).stat()
-        except OSError:
-            continue
-        facts.append((name, stat.st_size, stat.st_mtime_ns))
-    return _hash(facts)
-
-
-def _adapter_bytes(folder: Path | None) -> int:
-    """Of its weights; 0 where there are none, which the load will tell."""
-    try:
-        return (folder / "adapters.safetensors").stat().st_size if folder is not None else 0
-    except OSError:
-        return 0
 
 
 def _capabilities_with(overlay: Overlay, files: ModelFiles) -> frozenset[Capability]:
@@ -366,55 +343,3 @@ def _kind_of(found: Found, registered: dict[str, Registered]) -> str:
     except InvalidRequest:
         return ""
     return said.kind if said is not None else ""
-
-
-def _stamps_below(root: Path) -> list[tuple[str, int]]:
-    stamps = _stamp(root)
-    for first in _subfolders(root):
-        stamps += _stamp(first)
-        for second in _subfolders(first):
-            stamps += _stamp(second)
-            if first.name.startswith("models--") and second.name == "snapshots":
-                for snapshot in _subfolders(second):
-                    stamps += _stamp(snapshot)
-    return stamps
-
-
-def _hash(items: Iterable[Any]) -> str:
-    return hashlib.sha256(repr(sorted(items)).encode()).hexdigest()[:16]
-
-
-def _stamp(path: Path) -> list[tuple[str, int]]:
-    """The times of a folder and of the files in it: a file that is written in its place leaves the folder's alone."""
-    stamps: list[tuple[str, int]] = []
-    try:
-        stamps.append((str(path), path.stat().st_mtime_ns))
-        with os.scandir(path) as entries:
-            files = [(entry.name, entry.stat().st_mtime_ns) for entry in entries if _is_model_file(entry)]
-    except NotADirectoryError:
-        return stamps
-    except OSError:
-        return []
-    return stamps + [(f"{path}/{name}", time) for name, time in files]
-
-
-def _is_model_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.name.endswith(_MODEL_FILES) and entry.is_file()
-    except OSError:
-        return False
-
-
-def _subfolders(root: Path) -> list[Path]:
-    try:
-        with os.scandir(root) as entries:
-            return [Path(entry.path) for entry in entries if _is_folder(entry)]
-    except OSError:
-        return []
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False

@@ -1,0 +1,67 @@
+"""Modification times, by which a change of the models on the disk is noticed without opening a file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+__all__ = ["digest_of", "stamp", "stamps_below"]
+
+_MODEL_FILES: Final = (".json", ".safetensors", ".jinja", ".model")
+
+
+def stamps_below(root: Path) -> list[tuple[str, int]]:
+    """The times of a folder and of those in it, down to the snapshots of a Hugging Face cache."""
+    stamps = stamp(root)
+    for first in _subfolders(root):
+        stamps += stamp(first)
+        for second in _subfolders(first):
+            stamps += stamp(second)
+            if first.name.startswith("models--") and second.name == "snapshots":
+                for snapshot in _subfolders(second):
+                    stamps += stamp(snapshot)
+    return stamps
+
+
+def digest_of(items: Iterable[Any]) -> str:
+    """Sixteen hex digits that stand for the items, in whatever order they come."""
+    return hashlib.sha256(repr(sorted(items)).encode()).hexdigest()[:16]
+
+
+def stamp(path: Path) -> list[tuple[str, int]]:
+    """The times of a folder and of the files in it: a file that is written in its place leaves the folder's alone."""
+    stamps: list[tuple[str, int]] = []
+    try:
+        stamps.append((str(path), path.stat().st_mtime_ns))
+        with os.scandir(path) as entries:
+            files = [(entry.name, entry.stat().st_mtime_ns) for entry in entries if _is_model_file(entry)]
+    except NotADirectoryError:
+        return stamps
+    except OSError:
+        return []
+    return stamps + [(f"{path}/{name}", time) for name, time in files]
+
+
+def _is_model_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.name.endswith(_MODEL_FILES) and entry.is_file()
+    except OSError:
+        return False
+
+
+def _subfolders(root: Path) -> list[Path]:
+    try:
+        with os.scandir(root) as entries:
+            return [Path(entry.path) for entry in entries if _is_folder(entry)]
+    except OSError:
+        return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
