@@ -192,7 +192,7 @@ class Started(Struct, frozen=True, kw_only=True, tag="started"):
     prompt_tokens: int
     dropped_messages: int = 0
     """Turns left out because the request allowed truncation."""
-    unhonoured: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
     """Fields of the request, by their names here, that this model's chat template has no means to follow."""
 
 

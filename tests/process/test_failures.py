@@ -221,7 +221,7 @@ def test_a_worker_that_somebody_else_ends_costs_no_request_that_had_no_output(
             for _ in range(8)
         ]
         for _ in range(3):
-            with suppress(ProcessLookupError):  # the one from before may still be told as ready
+            with suppress(ProcessLookupError):  # the status may still show the previous worker
                 os.kill(router.wait_state("a", "ready")["pid"], signal.SIGTERM)
             asked += [
                 pool.submit(call, router, "POST", path, {**body_for(path, model="a", max_tokens=4), "stream": stream})

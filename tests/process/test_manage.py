@@ -496,4 +496,4 @@ def test_a_job_that_tells_nothing_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_
 
     (last,) = asyncio.run(run())
     assert isinstance(last, JobFailed)
-    assert last.message == "the job has told nothing for 0.05 s and was ended"
+    assert last.message == "the job has reported nothing for 0.05 s and was ended"

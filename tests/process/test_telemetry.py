@@ -263,7 +263,7 @@ def test_the_tokens_of_an_answer_that_breaks_off_are_counted(home: Path) -> None
         assert "event=loaded" not in router.log
 
 
-def test_nothing_is_told_any_more_of_a_model_that_was_removed(home: Path) -> None:
+def test_a_removed_model_is_neither_in_the_metrics_nor_in_the_status(home: Path) -> None:
     with running_router(home, "--standby-workers", "0") as router:
         made = {"model": "made", "from": "demo", "parameters": {"num_ctx": 512}, "stream": False}
         assert call(router, "POST", "/api/create", made).status == 200
@@ -272,11 +272,11 @@ def test_nothing_is_told_any_more_of_a_model_that_was_removed(home: Path) -> Non
         assert call(router, "DELETE", "/api/delete", {"model": "made"}).status == 200
         router.client.post("/api/generate", {"model": "demo", "keep_alive": 0})
 
-        def told() -> set[str]:
+        def shown() -> set[str]:
             gauges = set(_by(_samples(router), "model_state", "model"))
             return gauges | {model["name"] for model in router.status()["models"]}
 
-        wait_until(lambda: told() <= {"demo:latest"}, "only what there is is told of")
+        wait_until(lambda: shown() <= {"demo:latest"}, "only the models that are there")
 
 
 def test_a_router_whose_log_nobody_reads_goes_on(home: Path) -> None:

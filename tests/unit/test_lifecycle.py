@@ -196,7 +196,7 @@ def test_a_worker_that_somebody_else_ended_is_no_failure_of_its_model() -> None:
     for turn in range(FAILURES_BEFORE_GIVING_UP + 1):
         worker = bench.load(f"t{turn}", "a")
         bench.tell(LeaseReturned(ticket=f"t{turn}"))
-        bench.tell(WorkerExited(worker=worker, error=WorkerDied("signal"), was_told=True))
+        bench.tell(WorkerExited(worker=worker, error=WorkerDied("signal"), was_stopped=True))
         bench.tell(WorkerReclaimed(worker=worker))
         assert bench.state("a") is State.UNLOADED
 

@@ -264,11 +264,11 @@ class World(RuleBasedStateMachine):
                                error=LoadFailed("no")))  # fmt: skip
 
     @precondition(lambda self: self.ready)
-    @rule(data=st.data(), was_told=st.booleans())
-    def crash(self, data: st.DataObject, was_told: bool) -> None:
+    @rule(data=st.data(), was_stopped=st.booleans())
+    def crash(self, data: st.DataObject, was_stopped: bool) -> None:
         worker = data.draw(st.sampled_from(sorted(self.ready)))
         self.ready.discard(worker)
-        self.tell(WorkerExited(worker=worker, error=WorkerDied("signal"), was_told=was_told))
+        self.tell(WorkerExited(worker=worker, error=WorkerDied("signal"), was_stopped=was_stopped))
 
     @precondition(lambda self: self.stopping)
     @rule(data=st.data())

@@ -1,4 +1,4 @@
-"""What those who follow a download are told."""
+"""The events that followers of a download get."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlx_router_shared.jobs import JobDone, JobEvent, JobProgress, JobStatus, Pu
 
 
 def test_a_slow_follower_misses_no_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is noted while a follower writes the word before is told to it, too."""
+    """An event that comes while a follower handles the one before reaches it, too."""
     gates = [asyncio.Event() for _ in range(2)]
     first: list[JobEvent] = [JobStatus(text="pulling"), JobProgress(digest="a", total=2, completed=1)]
     rest: list[JobEvent] = [JobProgress(digest="b", total=2, completed=2), JobDone(revision="r", path="p")]
@@ -32,17 +32,17 @@ def test_a_slow_follower_misses_no_last_word(monkeypatch: pytest.MonkeyPatch) ->
 
     async def test() -> list[JobEvent]:
         following = Pulls(done, Happenings()).follow(PullJob(repository="org/name", cache="/nowhere"))
-        told: list[JobEvent] = []
+        received: list[JobEvent] = []
         async with (
             asyncio.timeout(30),
             aclosing(following) as events,
         ):
             async for event in events:
-                told.append(event)
-                if len(told) == 1:  # it has more to take, and all the rest comes meanwhile
+                received.append(event)
+                if len(received) == 1:  # it has more to take, and all the rest comes meanwhile
                     gates[0].set()
                     await gates[1].wait()
-        return told
+        return received
 
     monkeypatch.setattr("mlx_router_server.management.pulls.run_job", run)
     assert asyncio.run(test()) == [*first, *rest]

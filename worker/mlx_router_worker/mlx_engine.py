@@ -175,7 +175,7 @@ class MlxEngine(MlxBase):
         started_event = Started(
             prompt_tokens=len(prompt.tokens),
             dropped_messages=prompt.dropped,
-            unhonoured=self._renderer.unhonoured(request),
+            unsupported=self._renderer.unsupported(request),
         )
         events: list[Event] = [started_event]
         if request.echo and request.top_logprobs is not None:

@@ -26,7 +26,7 @@ class RepositoryCodeRefused(RuntimeError):
 
 
 class RepositoryCodeGuard:
-    """Refuses, for the life of the process, to run code of the folders that it is told of: an audit hook cannot be
+    """Refuses, for the life of the process, to run code of the given folders: an audit hook cannot be
     removed. Whoever tries to gets ``RepositoryCodeRefused``."""
 
     def __init__(self) -> None:

@@ -113,9 +113,9 @@ class Answer:
         self._received = time.monotonic()
         self._loaded = self._received
         self._begun = False
-        self._unhonoured: tuple[str, ...] = ()
+        self._unsupported: tuple[str, ...] = ()
         self._told = False
-        """Whether the client has been told anything that the worker said."""
+        """Whether anything of the answer has been sent to the client."""
         self._heartbeat = Heartbeat()
         self._figures = AnswerFigures()
 
@@ -166,7 +166,7 @@ class Answer:
             )  # fmt: skip
 
     async def _with_lease(self, label: str, use: Callable[[Lease], Awaitable[None]]) -> None:
-        """Use a lease; once more with a fresh one if the worker left before the client was told anything."""
+        """Use a lease; once more with a fresh one if the worker stopped before anything was sent to the client."""
         plan = await self._plan()
         for dispatch in range(1, _MOST_DISPATCHES + 1):
             try:
@@ -198,7 +198,7 @@ class Answer:
         transcripts = [Transcript() for _ in self._call.requests]
         async with aclosing(self._events(lease)) as batches:
             async for choice, events in batches:
-                self._note_unhonoured(events)
+                self._note_unsupported(events)
                 for event in events:
                     transcripts[choice].add(event)
         if sum(len(vector) for transcript in transcripts for vector in transcript.vectors) > _LARGE_BYTES:
@@ -227,7 +227,7 @@ class Answer:
             async with aclosing(self._events(lease)) as batches:
                 async for choice, events in batches:
                     self._told = True
-                    self._note_unhonoured(events)
+                    self._note_unsupported(events)
                     moment = self._moment()
                     await self._begin(renderer, moment, send)
                     data = b"".join(renderer.on(event, moment, choice) for event in events)
@@ -251,15 +251,15 @@ class Answer:
         await send(self._head(renderer.media_type, [(b"cache-control", b"no-cache")]))
         await self._send_part(first, moment, send)
 
-    def _note_unhonoured(self, events: list[Event]) -> None:
+    def _note_unsupported(self, events: list[Event]) -> None:
         """Fields that the worker could not follow are named in the header, if that is not sent yet."""
         names = {"thinking": self._style.thinking, "thinking_effort": self._style.effort}
         for event in events:
-            if isinstance(event, Started) and event.unhonoured:
-                self._unhonoured = tuple(dict.fromkeys(names[name] for name in event.unhonoured if names[name]))
+            if isinstance(event, Started) and event.unsupported:
+                self._unsupported = tuple(dict.fromkeys(names[name] for name in event.unsupported if names[name]))
 
     def _head(self, media_type: str, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
-        if ignored := (*self._call.ignored, *self._unhonoured):
+        if ignored := (*self._call.ignored, *self._unsupported):
             headers = [*headers, (b"x-ignored-fields", shown_in_header(ignored).encode())]
         return {
             "type": "http.response.start",

@@ -179,7 +179,7 @@ async def create(request: Request) -> Progress:
     work = Creator(models).create(creation)
     try:
         with storage_faults():
-            first = await anext(work)  # what is wrong from the start is told by the status
+            first = await anext(work)  # an error at the start becomes the status of the response
     except StopAsyncIteration:
         first = JobDone()
     return Progress(models, _after(first, work), lines=asked.stream, ignored=asked.ignored)

@@ -143,7 +143,7 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
                 self.send_400_response("Invalid HTTP request received.")
 
         def _decline_upgrade(self, rest: bytes) -> None:
-            """Parse what follows the headers as their body, with a parser that is told the same framing."""
+            """Parse what follows the headers as their body, by a new parser that is given the same framing headers."""
             if self.transport.is_closing():
                 return
             framing = [

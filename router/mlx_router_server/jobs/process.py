@@ -83,7 +83,7 @@ async def run_job(job: Job) -> AsyncGenerator[JobEvent, None]:
             )
     except TimeoutError:
         yield JobFailed(
-            code=ErrorCode.INTERNAL, message=f"the job has told nothing for {_SILENCE_SECONDS:g} s and was ended"
+            code=ErrorCode.INTERNAL, message=f"the job has reported nothing for {_SILENCE_SECONDS:g} s and was ended"
         )
     except (ProtocolError, ValueError) as error:  # a line that is none, or one without an end
         yield JobFailed(code=ErrorCode.PROTOCOL, message=f"the job wrote what is no event: {error}")

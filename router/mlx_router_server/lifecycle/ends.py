@@ -90,7 +90,7 @@ def worker_failed(books: Books, event: WorkerFailed | WorkerExited, now: float) 
     record = books.by_worker.get(event.worker)
     if record is None or record.state is State.STOPPING:
         return
-    if record.was_ready and isinstance(event, WorkerExited) and event.was_told:
+    if record.was_ready and isinstance(event, WorkerExited) and event.was_stopped:
         books.decided("worker_left", record.spec.name, reason=event.error.message)
         stop(books, record, Cause.OPERATOR, event.error.message, now)
         return

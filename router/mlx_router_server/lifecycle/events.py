@@ -132,7 +132,7 @@ class WorkerExited:
 
     worker: str
     error: MlxRouterError
-    was_told: bool = False
+    was_stopped: bool = False
     """It exited on a SIGTERM that this router did not send; that is not counted as a failure of its model."""
 
 

@@ -165,7 +165,7 @@ class _Console(logging.Handler):
         while data:
             try:
                 data = data[os.write(descriptor, data) :]
-            except BlockingIOError:  # somebody who shares it has made it so
+            except BlockingIOError:  # another process that shares it has set it to non-blocking
                 select.select([], [descriptor], [])
 
 

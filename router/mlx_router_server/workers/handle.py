@@ -128,8 +128,8 @@ class WorkerHandle:
         self.stats: Stats | None = None
         self.exited = asyncio.Event()
         self.exit_reason = ""
-        self.was_told = False
-        """Whether it has left because somebody else told it to."""
+        self.was_stopped = False
+        """Whether the worker stopped at the request of another program, which is no failure."""
         self.on_exit: Callable[[], None] | None = None
         """Called when it is reaped, before anyone whose request it served is told."""
         self.on_reaped: Callable[[int], None] | None = None
@@ -218,7 +218,7 @@ class WorkerHandle:
         """The events of one request, as they come, the last of them ``Finish`` or ``Failure``.
 
         Closing the generator early cancels the request in the worker. Raises ``WorkerLeft`` when it cannot be sent, or
-        when somebody else has told the worker to leave, once it is gone.
+        when another program has stopped the worker, once its process has ended.
         """
         self._requests += 1
         request_id = f"{self.worker_id}-{self._requests}"
@@ -244,7 +244,9 @@ class WorkerHandle:
                     if events[:-1]:
                         yield events[:-1]
                     await self._exited_within(_TERM_SECONDS)
-                    raise WorkerLeft("model runner has unexpectedly stopped: its worker process was told to leave")
+                    raise WorkerLeft(
+                        "model runner has unexpectedly stopped: another program stopped its worker process"
+                    )
                 yield events
         finally:
             del self._inboxes[request_id]
@@ -312,7 +314,7 @@ class WorkerHandle:
         if self.on_reaped is not None:
             self.on_reaped(self.pid)
         self.exit_reason = self._broken or self.process.describe_exit(status)
-        self.was_told = not self._is_stopping and (self._bye_at is not None or status in _ENDED_BY_TERM)
+        self.was_stopped = not self._is_stopping and (self._bye_at is not None or status in _ENDED_BY_TERM)
         self.exited.set()
         self._changed.set()
         if self.on_exit is not None:
@@ -321,7 +323,7 @@ class WorkerHandle:
         if self._is_stopping:
             self.fail_requests("unloaded" if self._bye_at is not None else reason)
         else:
-            self.fail_requests(reason, ErrorCode.SHUTTING_DOWN if self.was_told else ErrorCode.WORKER_DIED)
+            self.fail_requests(reason, ErrorCode.SHUTTING_DOWN if self.was_stopped else ErrorCode.WORKER_DIED)
         for waiter in self._stats_waiters:
             waiter.cancel()
 

@@ -82,7 +82,7 @@ class Run:
         try:
             handle = await self._get_process(standby, start)
             handle.on_exit = lambda: self._post(
-                WorkerExited(worker=worker, error=WorkerDied(handle.exit_reason), was_told=handle.was_told)
+                WorkerExited(worker=worker, error=WorkerDied(handle.exit_reason), was_stopped=handle.was_stopped)
             )
             handle.on_loading = self._note_progress
             self._post(WorkerStarted(worker=worker))

@@ -325,7 +325,7 @@ class Supervisor:
                     async with asyncio.timeout_at(until):
                         event = await self._events.get()
                         taken = True
-                if isinstance(event, WorkerFailed) or (isinstance(event, WorkerExited) and not event.was_told):
+                if isinstance(event, WorkerFailed) or (isinstance(event, WorkerExited) and not event.was_stopped):
                     self._note_failure(event)
                 self._decide(event)
             except Exception:
@@ -435,7 +435,7 @@ class Supervisor:
         self._wake()
 
     def _note_failure(self, event: WorkerFailed | WorkerExited) -> None:
-        """Unless it was told to leave: then its exit is no failure."""
+        """Keep why a worker failed. The exit of a worker that was asked to stop is no failure."""
         run = self._runs.get(event.worker)
         view = self.view(run.plan.spec.name) if run is not None else None
         if run is not None and view is not None and view.state is not State.STOPPING:

@@ -251,10 +251,10 @@ class AnswerBuilder:
         read, self._read = self._read, 0
         self._reopened = False
         if reader.begun and self._incremental:
-            # A call that was told while it was written cannot become text any more.
+            # A call of which parts have been sent cannot become text any more.
             self._space = ""
             self._at_edge = True
-            if closed:  # else a limit has cut it, which is told as the reason of the end
+            if closed:  # else a limit has cut it, and the finish reason says so
                 self._fail(events)
             return
         if read:

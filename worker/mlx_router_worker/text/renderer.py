@@ -74,7 +74,7 @@ class PromptRenderer:
             raise InvalidRequest("the prompt is empty")
         return tokens, len(request.messages) - len(messages)
 
-    def unhonoured(self, request: GenerationRequest) -> tuple[str, ...]:
+    def unsupported(self, request: GenerationRequest) -> tuple[str, ...]:
         """What of a request the chat template has no means to follow: not to think, for a model that always does, and
         how hard to think."""
         if not is_chat(request) or not self._tokenizer.has_chat_template:

@@ -1,4 +1,4 @@
-"""A wish about thinking that a model's template cannot follow is named in the answer."""
+"""A request field about thinking that a model's template cannot follow is named in the response."""
 
 from __future__ import annotations
 
