@@ -17,6 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from mlx_router_server.access.keys import KeyRing
 from mlx_router_server.api import errors
 from mlx_router_server.api.meter import Meter
 from mlx_router_server.api.ring_stream import RingStream
@@ -122,7 +123,7 @@ def test_a_defect_is_counted_as_500_and_named_like_any_other_answer() -> None:
         middleware=[Middleware(Meter), Middleware(errors.LastResort)],
     )
     errors.install(app)
-    app.state.server = SimpleNamespace(metrics=(metrics := Metrics()))
+    app.state.server = SimpleNamespace(metrics=(metrics := Metrics()), keys=KeyRing((), None))
     client = TestClient(app, raise_server_exceptions=False)
     assert client.get("/api/boom").json() == {"error": "internal server error"}
     assert client.get("/v1/boom").json()["error"]["type"] == "api_error"
