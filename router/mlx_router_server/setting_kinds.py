@@ -5,6 +5,7 @@ Each raises ``ValueError`` (or ``InvalidRequest``, for durations) with a few wor
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from mlx_router_server.durations import parse_duration
 __all__ = [
     "boolean",
     "duration",
+    "host",
     "integer",
     "names",
     "one_of",
@@ -32,6 +34,7 @@ __all__ = [
     "text",
 ]
 
+_HOST_NAME: Final = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?\.?", re.IGNORECASE | re.ASCII)
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
@@ -91,6 +94,19 @@ def text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("not text")
     return value
+
+
+def host(value: object) -> str:
+    """A host name or an IP address, without a port; an IPv6 address may have brackets. Empty is every address."""
+    name = text(value).strip()
+    bare = name[1:-1] if name.startswith("[") and name.endswith("]") else name
+    if not bare or _HOST_NAME.fullmatch(bare):
+        return bare
+    try:
+        ipaddress.ip_address(bare)
+    except ValueError:
+        raise ValueError("neither a host name nor an IP address") from None
+    return bare
 
 
 def one_of(*choices: str) -> Callable[[object], str]:
@@ -153,6 +169,7 @@ _TEXTS: Final = {"type": "array", "items": {"type": "string"}}
 _SCHEMAS: Final[dict[Callable[[object], Any], dict[str, Any]]] = {
     boolean: {"type": "boolean"},
     duration: {"type": ["number", "string"]},
+    host: {"type": "string"},
     integer: {"type": "integer", "minimum": 0},
     names: _TEXTS,
     options: {"type": "object"},

@@ -84,7 +84,7 @@ class ModelSettings:
 class Settings:
     """Everything the operator can decide."""
 
-    host: str = _setting("127.0.0.1", kinds.text, "Address to listen on.", restart=True)
+    host: str = _setting("127.0.0.1", kinds.host, "Address to listen on.", restart=True)
     port: int = _setting(11434, kinds.port, "Port to listen on; 0 lets the system choose.", restart=True)
     models_dirs: tuple[Path, ...] = _setting(
         (), kinds.paths, "Folders with MLX models, as MODEL or ORG/MODEL below them."

@@ -189,7 +189,9 @@ def _properties(fields: list[dataclasses.Field[Any]]) -> dict[str, Any]:
 
 
 def _from_ollama(environment: dict[str, str]) -> dict[str, tuple[object, str]]:
-    """Ollama's own variables, for people who have them set; a value that Ollama would ignore is ignored here too."""
+    """Ollama's own variables, for people who have them set; a value that Ollama would ignore is ignored here too.
+
+    Raises ``SettingsError`` for a host that is none."""
     values: dict[str, tuple[object, str]] = {}
     for field in describe_settings():
         text = environment.get(field.metadata["ollama"] or "", "").strip().strip("\"'")
@@ -203,7 +205,9 @@ def _from_ollama(environment: dict[str, str]) -> dict[str, tuple[object, str]]:
                 value = 0.0
             values[field.name] = value, field.metadata["ollama"]
     if host := environment.get("OLLAMA_HOST", "").strip().strip("\"'"):
-        values.update({name: (value, "OLLAMA_HOST") for name, value in _split_host(host).items()})
+        fields = {field.name: field for field in describe_settings()}
+        for name, value in _split_host(host).items():
+            values[name] = _parse(fields[name], value, "OLLAMA_HOST"), "OLLAMA_HOST"
     return values
 
 
@@ -215,5 +219,5 @@ def _split_host(text: str) -> dict[str, object]:
     host, colon, port = rest.rpartition(":")
     if not colon or rest.endswith("]") or (":" in host.strip("[]") and not host.startswith("[")):
         host, port = rest, ""
-    number = int(port) if port.isdigit() and int(port) <= 65535 else default
+    number = int(port) if port.isascii() and port.isdigit() and int(port) <= 65535 else default
     return {"host": host.strip("[]") or "0.0.0.0", "port": number}  # noqa: S104  # Ollama binds all for ":8080"

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -119,6 +120,31 @@ def test_a_bad_file_is_refused_by_a_sentence(tmp_path: Path, text: str, sentence
 def test_ollama_host_is_read_as_ollama_reads_it(tmp_path: Path, host: str, expected: tuple[str, int]) -> None:
     settings = _load(tmp_path, OLLAMA_HOST=host)
     assert (settings.host, settings.port) == expected
+
+
+@pytest.mark.parametrize("source", ["config.toml", "MLX_ROUTER_HOST", "OLLAMA_HOST", "--host"])
+@pytest.mark.parametrize("host", ["a b", "[::1", "x@y", "-a", "::g", "ü.example", "a b:c"])
+def test_a_host_that_is_none_is_refused_wherever_it_is_set(tmp_path: Path, host: str, source: str) -> None:
+    text = f"host = '{host}'" if source == "config.toml" else ""
+    (tmp_path / "config.toml").write_text(text)
+    environment = {"MLX_ROUTER_HOME": str(tmp_path)} | ({source: host} if source.isupper() else {})
+    with pytest.raises(SettingsError, match=rf"{source}.*neither a host name nor an IP address"):
+        load_settings({"host": host} if source == "--host" else {}, environment)
+
+
+def test_a_host_has_no_port_and_no_scheme(tmp_path: Path) -> None:
+    for host in ("127.0.0.1:99", "http://localhost", "localhost/path"):
+        with pytest.raises(SettingsError, match="neither a host name nor an IP address"):
+            _load(tmp_path, MLX_ROUTER_HOST=host)
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "my_mac.local", "127.0.0.1", "::1", "[::1]", "fe80::1%en0", "example.org.", ""]
+)
+def test_hosts(tmp_path: Path, host: str) -> None:
+    settings = _load(tmp_path, MLX_ROUTER_HOST=host)
+    assert settings.host == host.strip("[]")
+    assert urlsplit(settings.url).hostname
 
 
 @pytest.mark.parametrize(
