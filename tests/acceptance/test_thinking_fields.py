@@ -25,7 +25,7 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
     root = tmp_path_factory.mktemp("thinkers")
     for name, template in (("always", _ALWAYS), ("switch", _SWITCH)):
         make_parrot(root / "models" / name, ["so", "</think>", "yes"], chat_template=template)
-    with running_router(root, "--models-dir", str(root / "models"), "--standby-workers", "0") as router:
+    with running_router(root, "--models-dir", str(root / "models")) as router:
         yield router
 
 
@@ -60,7 +60,7 @@ def test_what_the_template_cannot_follow_is_named(
 def test_a_model_that_never_thinks_is_told_not_to_without_a_word(tmp_path: Path) -> None:
     plain = _ALWAYS.replace("<think>\n", "")
     make_parrot(tmp_path / "models" / "plain", ["yes"], chat_template=plain)
-    with running_router(tmp_path, "--models-dir", str(tmp_path / "models"), "--standby-workers", "0") as router:
+    with running_router(tmp_path, "--models-dir", str(tmp_path / "models")) as router:
         body = {"model": "plain", "messages": _MESSAGES, "think": False, "stream": False}
         reply = call(router, "POST", "/api/chat", body)
         assert reply.status == 200

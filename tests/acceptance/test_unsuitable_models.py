@@ -35,7 +35,7 @@ def _make_mixture(folder: Path, dtype: mx.Dtype) -> None:
 def test_experts_that_a_cpu_cannot_compute_are_refused_at_load(home: Path, tmp_path: Path) -> None:
     _make_mixture(tmp_path / "half", mx.bfloat16)
     _make_mixture(tmp_path / "whole", mx.float32)
-    with running_router(home, "--models-dir", str(tmp_path), "--standby-workers", "0") as router:
+    with running_router(home, "--models-dir", str(tmp_path)) as router:
         body = {"model": "whole", "prompt": "x", "options": {"num_predict": 2}, "stream": False}
         assert call(router, "POST", "/api/generate", body).status == 200
         half = call(router, "POST", "/api/generate", {**body, "model": "half"})

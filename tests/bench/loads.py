@@ -52,7 +52,7 @@ def _rested(router: RouterProcess, model: str) -> None:
 def cold_loads(folder: Path, home: Path, rounds: dict[str, int]) -> list[dict[str, Any]]:
     """Floor and ours alternately; medians."""
     rows = []
-    with running_router(home, "--models-dir", str(folder)) as router:
+    with running_router(home, "--models-dir", str(folder), standby=True) as router:
         for model, times in rounds.items():
             floor, ours = [], []
             for _ in range(times + 1):
@@ -76,7 +76,7 @@ def readiness(folder: Path, home: Path, model: str, times: int) -> dict[str, Any
     """From the worker's word that it is ready to the router's knowing it, milliseconds: at rest, and while another
     model answers all the time."""
     found: dict[str, Any] = {"times": times}
-    with running_router(home, "--models-dir", str(folder)) as router, ThreadPoolExecutor(1) as pool:
+    with running_router(home, "--models-dir", str(folder), standby=True) as router, ThreadPoolExecutor(1) as pool:
         found["rest"] = _readiness(router, model, times)
         enough = threading.Event()
 
@@ -106,7 +106,7 @@ def resident_latency(folder: Path, home: Path, resident: str, loaded: str, loads
     one core busy, which shows what the share of the cores alone is worth."""
     shares = []
     alone, beside, burnt = [], [], []
-    with running_router(home, "--models-dir", str(folder)) as router, ThreadPoolExecutor(1) as pool:
+    with running_router(home, "--models-dir", str(folder), standby=True) as router, ThreadPoolExecutor(1) as pool:
 
         def once() -> float:
             started = time.perf_counter()

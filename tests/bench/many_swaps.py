@@ -32,7 +32,7 @@ def _measure(folder: Path, home: Path, swaps: int) -> dict[str, Any]:
     evictions: list[dict[str, Any]] = []
     took: list[float] = []
     arguments = ["--models-dir", str(folder), "--max-loaded-models", "1"]
-    with running_router(home, *arguments) as router:
+    with running_router(home, *arguments, standby=True) as router:
         trees: list[int] = []
         for number in range(swaps + 5):
             wait_until(lambda: len(router.status()["router"]["standby_pids"]) == 1, "the standby is ready")

@@ -22,7 +22,7 @@ __all__ = ["crash", "first_token", "footprint", "listing"]
 def first_token(home: Path) -> dict[str, float]:
     """Warm: from sending the request to the first text on the wire, less what the worker says it took itself."""
     added = []
-    with running_router(home) as router:
+    with running_router(home, standby=True) as router:
         for _ in range(320):
             started = time.perf_counter()
             stream = router.client.stream("/api/generate", {"model": "demo", "prompt": "Hello!"})
@@ -63,7 +63,7 @@ def footprint(home: Path) -> dict[str, float]:
         with running_router(home, "--standby-workers", "0") as router:
             router.client.get("/health")
             starts.append(time.perf_counter() - started)
-    with running_router(home) as router:
+    with running_router(home, standby=True) as router:
         router.generate("demo")
         process = psutil.Process(router.pid)
         time.sleep(3)  # the standby worker is being replaced
@@ -83,7 +83,7 @@ def listing(home: Path) -> dict[str, float]:
     for number in range(500):
         write_model(home / "models" / f"org{number % 20}" / f"model{number}")
     found: dict[str, float] = {}
-    with running_router(home, "--models-dir", str(home / "models")) as router:
+    with running_router(home, "--models-dir", str(home / "models"), standby=True) as router:
         for name, path in (("tags", "/api/tags"), ("models", "/v1/models")):
             connection = http.client.HTTPConnection(urlsplit(router.url).netloc)
             took = []

@@ -101,7 +101,7 @@ def alternate(folder: Path, home: Path, small: str, large: str, times: int) -> d
 
 def _our_block(folder: Path, home: Path, rounds: dict[str, list[float]], times: int, found: dict[str, Any]) -> None:
     arguments = ["--models-dir", str(folder), "--max-loaded-models", "1"]
-    with running_router(home, *arguments) as router:
+    with running_router(home, *arguments, standby=True) as router:
 
         def rested() -> None:
             wait_until(lambda: len(router.status()["router"]["standby_pids"]) == 1, "the standby is ready")
@@ -146,7 +146,7 @@ def _swap_back_and_forth(
 def alternating_calls(folder: Path, home: Path, models: tuple[str, str], calls: int) -> dict[str, float]:
     """A B A B … all at once, with room for one: loads, and the longest wait for an answer."""
     arguments = ["--models-dir", str(folder), "--max-loaded-models", "1"]
-    with running_router(home, *arguments) as router, ThreadPoolExecutor(calls) as pool:
+    with running_router(home, *arguments, standby=True) as router, ThreadPoolExecutor(calls) as pool:
 
         def one(number: int) -> float:
             started = time.perf_counter()

@@ -30,7 +30,7 @@ def test_encoders_rerankers_and_images_name_the_command(home: Path, tmp_path: Pa
         ("/v1/rerank", {"model": "ranker", "query": "a", "documents": ["b"]}, "encoders"),
         ("/api/chat", {"model": "seer", "messages": [image]}, "vision"),
     ]
-    with running_router(home, "--models-dir", str(models), "--standby-workers", "0") as router:
+    with running_router(home, "--models-dir", str(models)) as router:
         for path, body, extra in asks:
             reply = call(router, "POST", path, body)
             assert reply.status == 400

@@ -175,7 +175,7 @@ def test_a_second_router_is_told_of_the_first(demo_router: RouterProcess) -> Non
 def test_a_low_limit_of_open_files_is_told_and_lived_with(home: Path, limit: int) -> None:
     """mlx-lm asks for 4,096 when it is imported, and does not load where that is refused."""
     limited = ["/bin/sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", sys.executable, "-P"]
-    with running_router(home, "--standby-workers", "0", python=limited) as router:
+    with running_router(home, python=limited) as router:
         assert router.generate("demo", options={"num_predict": 2})["done"]
         quantized = {"model": "q", "from": "demo", "quantize": "q4_0", "stream": False}
         made = call(router, "POST", "/api/create", quantized)

@@ -40,7 +40,7 @@ def router(home_of_router: Path) -> Iterator[RouterProcess]:
     (home_of_router / "config.toml").write_text(f'[model_aliases]\n"house:0.4m" = "{_REPO}"\n')
     with running_hub() as hub:
         hub.add_folder(_REPO, DEMO_FOLDER)
-        with running_router(home_of_router, "--standby-workers", "0", variables={"HF_ENDPOINT": hub.url}) as found:
+        with running_router(home_of_router, variables={"HF_ENDPOINT": hub.url}) as found:
             yield found
 
 
@@ -327,7 +327,7 @@ def test_run_makes_vectors_with_a_model_of_vectors_and_keeps_to_formats(home: Pa
     (home / "config.toml").write_text(
         f'[models."vectors"]\npath = {json.dumps(str(models_dir / "small"))}\nkind = "embedding"\n'
     )
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         ran = command_on(router, "run", "vectors", "hello")
         assert ran.returncode == 0, ran.stderr
         assert len(json.loads(ran.stdout)) > 8

@@ -54,7 +54,7 @@ def _lists(router: RouterProcess) -> dict[str, set[str]]:
 @pytest.mark.req("R25", "R28")
 def test_what_is_listed_is_what_resolves_on_all_apis(home: Path) -> None:
     _cache(home)
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         lists = _lists(router)
         expected = {f"org/chat-{number}:latest" for number in range(5)}
         expected |= {"org/vectors:latest", "Org/Plain:latest", "demo:latest"}
@@ -73,7 +73,7 @@ def test_what_is_listed_is_what_resolves_on_all_apis(home: Path) -> None:
 def test_with_on_demand_off_only_what_is_served_is_listed(home: Path) -> None:
     _cache(home)
     (home / "config.toml").write_text("[models.demo]\npreload = true\n")
-    with running_router(home, "--standby-workers", "0", "--on-demand", "false") as router:
+    with running_router(home, "--on-demand", "false") as router:
         router.wait_state("demo", "ready")
         lists = _lists(router)
         del lists["admin"]  # the operator sees all of them
@@ -85,7 +85,7 @@ def test_with_on_demand_off_only_what_is_served_is_listed(home: Path) -> None:
 def test_each_entry_says_what_it_is_and_lists_can_be_narrowed(home: Path) -> None:
     _cache(home)
     write_config(home, {"org/chat-1": {"aliases": ["first", "second:1b"]}})
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         entries = {model["id"]: model for model in call(router, "GET", "/v1/models").json()["data"]}
         for entry in entries.values():
             assert entry["size"] > 0
@@ -126,7 +126,7 @@ def test_each_entry_says_what_it_is_and_lists_can_be_narrowed(home: Path) -> Non
 )
 def test_the_wrong_kind_of_model_is_told_before_anything_is_loaded(home: Path, path: str, body: dict[str, Any]) -> None:
     _cache(home)
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         assert call(router, "POST", path, body).status == 400
         assert all(model["state"] == "unloaded" for model in router.status()["models"])
         assert router.children() == []
@@ -135,7 +135,7 @@ def test_the_wrong_kind_of_model_is_told_before_anything_is_loaded(home: Path, p
 @pytest.mark.req("R29")
 def test_a_new_repository_is_there_within_five_seconds_and_goes_as_quickly(home: Path) -> None:
     _cache(home)
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         before = _lists(router)["tags"]
         shutil.copytree(DEMO_FOLDER, home / "hf" / "hub" / "models--new--comer" / "snapshots" / "1")
         began = time.monotonic()

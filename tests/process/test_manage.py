@@ -28,7 +28,7 @@ _PIRATE = "You are a pirate."
 @pytest.fixture(scope="module")
 def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
     home = tmp_path_factory.mktemp("managed")
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         yield router
 
 
@@ -218,7 +218,7 @@ def test_weights_that_no_model_is_made_of_are_not_kept(home: Path) -> None:
     def kept() -> set[str]:
         return {path.name for path in weights.iterdir()}
 
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         files = {path.name: _upload(router, path.read_bytes()) for path in DEMO_FOLDER.iterdir() if path.is_file()}
         assert _create(router, model="made", files=files)[-1] == {"status": "success"}
         first = kept()
@@ -243,7 +243,7 @@ def test_weights_that_no_model_is_made_of_are_not_kept(home: Path) -> None:
     forgotten.mkdir()
     os.utime(forgotten, (0, 0))
     os.utime(next(iter(weights.iterdir())), (0, 0))
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         wait_until(lambda: not forgotten.exists(), "what nobody needs is gone")
         assert set(_names(router)) == {"demo:latest", "made:latest", "packed:latest"}
 
@@ -273,7 +273,7 @@ def test_adapters_system_and_options_of_the_configuration(home: Path, tmp_path: 
         f'[models."tuned"]\npath = {json.dumps(str(DEMO_FOLDER))}\nadapter = {json.dumps(str(tmp_path / "lora"))}\n'
         f'[models."demo"]\nsystem = "{_PIRATE}"\noptions = {{ num_predict = 3 }}\n'
     )
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         assert _PIRATE in _prompt(router, "demo")
         assert router.generate("demo", prompt="Tell me a long story.")["eval_count"] == 3
         greedy = {"temperature": 0, "num_predict": 8}
@@ -284,7 +284,7 @@ def test_adapters_system_and_options_of_the_configuration(home: Path, tmp_path: 
 
 
 def test_quantising_is_a_job_with_progress(home: Path, models_dir: Path) -> None:
-    with running_router(home, "--standby-workers", "0", "--models-dir", str(models_dir)) as router:
+    with running_router(home, "--models-dir", str(models_dir)) as router:
         lines = _create(router, model="small-4bit", quantize="q4_K_M", **{"from": "small"})
         assert lines[-1] == {"status": "success"}
         assert any(line["status"].startswith("quantizing") for line in lines)
@@ -312,7 +312,7 @@ def _check_repository(home: Path, hub: Hub, repo: str) -> None:
     (other / "refs").mkdir()
     (other / "refs" / "main").write_text("abc")
     (home / "config.toml").write_text(f'[model_aliases]\n"tiny:1b" = "{repo}"\n')
-    with running_router(home, "--standby-workers", "0", variables={"HF_ENDPOINT": hub.url}) as router:
+    with running_router(home, variables={"HF_ENDPOINT": hub.url}) as router:
         assert _post(router, "/api/pull", model="tiny:1b", stream=False).status == 200
         _create(router, model="mine", **{"from": repo}, system="x")
         refused = call(router, "DELETE", "/api/delete", {"model": repo})
@@ -342,7 +342,7 @@ def test_what_another_program_fetched_does_not_become_ours_by_a_pull(home: Path)
     with running_hub() as hub:
         hub.add_folder(repo, DEMO_FOLDER)
         folder = home / "hf" / "hub" / f"models--{repo.replace('/', '--')}"
-        with running_router(home, "--standby-workers", "0", variables={"HF_ENDPOINT": hub.url}) as router:
+        with running_router(home, variables={"HF_ENDPOINT": hub.url}) as router:
             assert _post(router, "/api/pull", model=repo, stream=False).status == 200
             # Asked for by its own name as well: it does not go with the short one.
             assert _post(router, "/api/pull", model="tiny:1b", stream=False).status == 200
@@ -368,9 +368,9 @@ def test_a_pulled_or_created_model_outlives_the_router_and_a_lost_base_is_told(h
     folder = tmp_path / "models"
     shutil.copytree(DEMO_FOLDER, folder / "base")
     arguments = ["--models-dir", str(folder), "--demo-model", "false"]
-    with running_router(home, "--standby-workers", "0", *arguments) as router:
+    with running_router(home, *arguments) as router:
         _create(router, model="mine", **{"from": "base"}, system="x")
-    with running_router(home, "--standby-workers", "0", *arguments) as router:
+    with running_router(home, *arguments) as router:
         assert set(_names(router)) == {"base:latest", "mine:latest"}
         (folder / "base").rename(tmp_path / "elsewhere")
         wait_until(lambda: not _names(router), "both are gone")
@@ -393,7 +393,7 @@ def test_the_official_client_manages_models(home: Path, tmp_path: Path) -> None:
     repo = "mlx-community/Tiny-4bit"
     with running_hub() as hub:
         hub.add_folder(repo, DEMO_FOLDER)
-        with running_router(home, "--standby-workers", "0", variables={"HF_ENDPOINT": hub.url}) as router:
+        with running_router(home, variables={"HF_ENDPOINT": hub.url}) as router:
             client = ollama.Client(host=router.url)
             steps = list(client.pull(repo, stream=True))
             assert steps[-1].status == "success"
@@ -423,7 +423,7 @@ def test_the_official_client_manages_models(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_removed_home_folder_is_made_again(home: Path) -> None:
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         assert _post(router, "/api/copy", source="demo", destination="before").status == 200
         router.generate("before", options={"num_predict": 1})
         shutil.rmtree(home / "store")
@@ -434,7 +434,7 @@ def test_a_removed_home_folder_is_made_again(home: Path) -> None:
 
 
 def test_a_store_that_cannot_be_written_is_told_and_nothing_is_lost(home: Path) -> None:
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         _post(router, "/api/copy", source="demo", destination="kept")
         before = resource.prlimit(router.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         copied = _post(router, "/api/copy", source="demo", destination="new")

@@ -35,7 +35,7 @@ def test_the_calls_of_open_webui(home: Path) -> None:
     seen = set()
     with running_hub() as hub:
         hub.add_folder("mlx-community/House-0.4M", DEMO_FOLDER)
-        with running_router(home, "--standby-workers", "0", variables={"HF_ENDPOINT": hub.url}) as router:
+        with running_router(home, variables={"HF_ENDPOINT": hub.url}) as router:
             for recorded in _RECORDED["calls"]:
                 status, text = _again(router, recorded)
                 assert status == recorded["status"] == 200, (recorded["path"], text)

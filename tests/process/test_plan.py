@@ -25,7 +25,7 @@ def _plan(router: RouterProcess, model: str) -> dict[str, object]:
 @pytest.mark.req("R13")
 def test_a_peak_of_many_requests_makes_no_model_too_large(home: Path) -> None:
     """It fits by its files, and did so before; what it once took beyond that has others leave, and no more."""
-    arguments = ("--standby-workers", "0", "--memory-budget", "300MB")
+    arguments = ("--memory-budget", "300MB")
     with running_router(home, *arguments) as router:
         router.generate("demo")
     file = home / "measured.json"

@@ -42,7 +42,7 @@ def hub() -> Iterator[Hub]:
 
 def _with(hub: Hub, home: Path, *arguments: str, **variables: str) -> Any:
     return running_router(
-        home, "--demo-model", "false", "--standby-workers", "0", *arguments,
+        home, "--demo-model", "false", *arguments,
         variables={"HF_ENDPOINT": hub.url, "HF_TOKEN_PATH": str(home / "no-token"), **variables},
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ def _tree_bytes(router: RouterProcess) -> int:
 def test_a_large_model_leaves_whole_for_a_small_one_and_its_stream_is_not_cut(
     home: Path, large_models_dir: Path
 ) -> None:
-    arguments = ["--models-dir", str(large_models_dir), "--max-loaded-models", "1", "--standby-workers", "0"]
+    arguments = ["--models-dir", str(large_models_dir), "--max-loaded-models", "1"]
     with running_router(home, *arguments) as router:
         router.generate("small", options=_GREEDY)
         router.client.post("/admin/models/small/unload")
@@ -56,7 +56,7 @@ def test_a_large_model_leaves_whole_for_a_small_one_and_its_stream_is_not_cut(
 @pytest.mark.timeout(600)
 def test_twenty_swaps_between_8_mb_and_1_gb_leave_no_trace(home: Path, large_models_dir: Path) -> None:
     arguments = ["--models-dir", str(large_models_dir), "--max-loaded-models", "1"]
-    with running_router(home, *arguments) as router:
+    with running_router(home, *arguments, standby=True) as router:
         _swap(router, ["small", "large"], 4)  # until every code path has been taken once
         process = psutil.Process(router.pid)
         (lock,) = [Path(file.path) for file in process.open_files() if file.path.endswith("/lock")]
@@ -95,7 +95,7 @@ def _swap(router: RouterProcess, names: list[str], times: int) -> None:
 @pytest.mark.timeout(120)
 def test_swaps_of_small_models_keep_the_router_small(home: Path, models_dir: Path) -> None:
     arguments = ["--models-dir", str(models_dir), "--max-loaded-models", "1"]
-    with running_router(home, *arguments) as router:
+    with running_router(home, *arguments, standby=True) as router:
         _swap(router, ["small", "other"], 2)
         descriptors = _descriptors_at_rest(router)
         memory = process_bytes(router.pid)

@@ -78,7 +78,7 @@ def _keep_alive_is(router: RouterProcess, seconds: float) -> bool:
 def test_a_file_that_is_gone_changes_nothing(home: Path) -> None:
     """Above all it does not take the keys away that the file had."""
     (home / "config.toml").write_text('api_keys = ["secret-of-somebody"]\n')
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         assert call(router, "GET", "/admin/config").status == 401
         (home / "config.toml").unlink()
         assert "config.toml" in _reload(router, "event=reload_refused")

@@ -213,7 +213,7 @@ def test_a_first_installation_that_fails_leaves_nothing(machine: _Machine) -> No
 def test_a_router_that_runs_already_is_not_mistaken_for_the_service(machine: _Machine, tmp_path: Path) -> None:
     home = tmp_path / "other"
     home.mkdir()
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         failed = machine.run("install", port=int(router.url.rpartition(":")[2]))
         assert failed.returncode == 1
         assert f"another router answers at {router.url} (pid {router.pid})" in failed.stderr
@@ -476,7 +476,7 @@ def test_sockets_of_the_manager_are_used(home: Path) -> None:
 
 
 def test_under_launchd_an_orderly_end_is_no_crash(home: Path) -> None:
-    router = RouterProcess(home, ["--standby-workers", "0"], variables={"XPC_SERVICE_NAME": "org.mlx-router.server"})
+    router = RouterProcess(home, [], variables={"XPC_SERVICE_NAME": "org.mlx-router.server"})
     assert router.stop() == 0
-    router = RouterProcess(home, ["--standby-workers", "0"])
+    router = RouterProcess(home, [])
     assert router.stop() == -signal.SIGTERM

@@ -264,7 +264,7 @@ def test_the_tokens_of_an_answer_that_breaks_off_are_counted(home: Path) -> None
 
 
 def test_a_removed_model_is_neither_in_the_metrics_nor_in_the_status(home: Path) -> None:
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         made = {"model": "made", "from": "demo", "parameters": {"num_ctx": 512}, "stream": False}
         assert call(router, "POST", "/api/create", made).status == 200
         router.generate("made", options={"num_predict": 1})

@@ -19,7 +19,7 @@ _TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "u
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
     home = tmp_path_factory.mktemp("page")
     write_keys(keys_file(home), [make_key("somebody", [Scope.ADMIN], ())[1]])
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         yield router
 
 

@@ -171,7 +171,7 @@ def test_public_errors_name_no_folders_and_the_operator_sees_them(home: Path) ->
 def test_counting_tokens_is_watched_like_everything_else(home: Path) -> None:
     """A process of its own does it, for all models; one that does not get on is replaced."""
     path, body = "/v1/messages/count_tokens", {"model": "demo", "messages": [{"role": "user", "content": "Hello!"}]}
-    with running_router(home, "--standby-workers", "0", "--stall-timeout-seconds", "1") as router:
+    with running_router(home, "--stall-timeout-seconds", "1") as router:
         counted = call(router, "POST", path, body).json()
         (counter,) = router.children()
         os.kill(counter.pid, signal.SIGSTOP)
@@ -186,7 +186,7 @@ def test_a_counter_that_was_given_up_before_it_said_hello_is_no_counter(home: Pa
     path = "/v1/messages/count_tokens"
     body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hello!"}]}).encode()
     head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(body))
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         parts = urlsplit(router.url)
         wait_until(lambda: call(router, "GET", "/ready").status == 200, "the models are known")
         with socket.create_connection((parts.hostname or "", parts.port or 0)) as first:

@@ -18,7 +18,7 @@ _FLAT = 30 * 2**20
 
 @pytest.fixture(scope="module")
 def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    with running_router(tmp_path_factory.mktemp("floods"), "--standby-workers", "0") as found:
+    with running_router(tmp_path_factory.mktemp("floods")) as found:
         found.generate("demo", prompt="Hello!")
         yield found
 

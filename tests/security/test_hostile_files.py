@@ -90,7 +90,7 @@ def test_links_that_lead_out_are_not_followed(home: Path, tmp_path: Path) -> Non
         (models / name / file).unlink(missing_ok=True)
         (models / name / file).symlink_to(target)
     os.symlink(models / "good" / "model.safetensors", models / "good" / "copy-of-it")
-    with running_router(home, "--standby-workers", "0", "--models-dir", str(models)) as router:
+    with running_router(home, "--models-dir", str(models)) as router:
         names = {model["name"] for model in router.client.get("/api/tags")["models"]}
         assert names == {"demo:latest", "good:latest"}
         told = router.status()["router"]["unservable"]
@@ -126,9 +126,7 @@ def test_code_of_a_repository_is_never_run(home: Path, tmp_path: Path) -> None:
     (models / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(said))
     (models / "pickle" / "model.safetensors").rename(models / "pickle" / "pytorch_model.bin")
     # On a machine without any network: offline, and with an address where nobody is.
-    with running_router(
-        home, "--standby-workers", "0", "--models-dir", str(models), variables={"HF_ENDPOINT": "http://127.0.0.1:9"}
-    ) as router:
+    with running_router(home, "--models-dir", str(models), variables={"HF_ENDPOINT": "http://127.0.0.1:9"}) as router:
         names = {model["name"] for model in router.client.get("/api/tags")["models"]}
         assert not names & {"modelling:latest", "pickle:latest"}
         reply = call(router, "POST", "/api/generate", {"model": "tokenizer", "prompt": "Hello!", "stream": False})
@@ -155,7 +153,7 @@ def test_a_tokenizer_that_is_a_trap_fails_its_own_load_only(home: Path, tmp_path
     for name, content in traps.items():
         shutil.copytree(DEMO_FOLDER, models / name)
         (models / name / "tokenizer.json").write_bytes(content)
-    with running_router(home, "--standby-workers", "0", "--models-dir", str(models)) as router:
+    with running_router(home, "--models-dir", str(models)) as router:
         memory = psutil.Process(router.pid).memory_info().rss
         for name in traps:
             reply = call(router, "POST", "/api/generate", {"model": name, "prompt": "x", "stream": False})

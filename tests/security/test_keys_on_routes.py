@@ -44,7 +44,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
         _KEYS[name], key = make_key(name, scopes, models)
         stored.append(key)
     write_keys(keys_file(home), stored)
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         wait_until(lambda: call(router, "GET", "/ready").status == 200, "the models are known")
         yield router
 
@@ -138,7 +138,7 @@ def test_a_key_for_some_models_does_not_reach_others_by_making_fetching_or_copyi
     write_keys(keys_file(home), [key])
     (home / "config.toml").write_text('[model_aliases]\n"short:1b" = "mine-org/Y"\n')
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    with running_router(home, "--standby-workers", "0", variables=unreachable) as router:
+    with running_router(home, variables=unreachable) as router:
         for path, body, status in (
             ("/api/create", {"model": "mine-x", "from": "demo"}, 404),
             ("/api/create", {"model": "mine-x", "from": "nosuch"}, 404),
@@ -160,7 +160,7 @@ def test_a_key_for_some_models_does_not_reach_others_by_making_fetching_or_copyi
 def test_kept_responses_are_found_by_the_key_that_made_them_only(home: Path) -> None:
     texts, keys = zip(*(make_key(name, [Scope.INFERENCE]) for name in ("one", "two")), strict=True)
     write_keys(keys_file(home), list(keys))
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         body = {"model": "demo", "input": "Hello!", "max_output_tokens": 16}
         made = call(router, "POST", "/v1/responses", body, x_api_key=texts[0]).json()["id"]
         goes_on = {**body, "previous_response_id": made}
@@ -186,7 +186,7 @@ def test_kept_responses_are_found_by_the_key_that_made_them_only(home: Path) -> 
 
 @pytest.mark.req("R31")
 def test_keys_come_and_go_while_the_router_runs(home: Path) -> None:
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         assert call(router, "GET", "/api/tags").status == 200
         text, key = make_key("new", [Scope.INFERENCE])
         write_keys(keys_file(home), [key])
@@ -206,7 +206,7 @@ def test_keys_that_are_gone_stay_in_force(home: Path, way: str) -> None:
     """A file that is deleted, or a home folder that is unmounted, opens nothing."""
     text, key = make_key("new", [Scope.ADMIN])
     write_keys(keys_file(home), [key])
-    with running_router(home, "--standby-workers", "0", cwd=home.parent) as router:
+    with running_router(home, cwd=home.parent) as router:
         assert call(router, "GET", "/admin/config").status == 401
         if way == "home":
             home.rename(home.with_name("unmounted"))
@@ -232,7 +232,7 @@ def test_keys_that_are_gone_stay_in_force(home: Path, way: str) -> None:
 
 @pytest.mark.req("R31")
 def test_commands_of_the_same_user_come_in_by_themselves(home: Path) -> None:
-    with running_router(home, "--standby-workers", "0", "--api-keys", "secret-of-somebody") as router:
+    with running_router(home, "--api-keys", "secret-of-somebody") as router:
         assert command_on(router, "list").returncode == 1
         listed = command_on(router, "list", home=home)
         assert listed.returncode == 0, listed.stderr
@@ -243,7 +243,7 @@ def test_commands_of_the_same_user_come_in_by_themselves(home: Path) -> None:
 
 @pytest.mark.req("R31")
 def test_the_command_makes_lists_and_takes_back_keys(home: Path) -> None:
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         made = command_on(router, "keys", "add", "laptop", "--scope", "inference", "--model", "demo", home=home)
         text = made.stdout.strip()
         assert text.startswith("mlxr-")
@@ -268,9 +268,7 @@ def test_a_router_does_not_start_with_keys_that_it_cannot_read(home: Path) -> No
 
 def test_a_router_whose_home_cannot_be_written_serves_and_keeps_nothing(tmp_path: Path, home: Path) -> None:
     (tmp_path / "file").write_text("")
-    with running_router(
-        home, "--standby-workers", "0", variables={"MLX_ROUTER_HOME": str(tmp_path / "file")}
-    ) as router:
+    with running_router(home, variables={"MLX_ROUTER_HOME": str(tmp_path / "file")}) as router:
         router.wait_line("home_unusable")
         assert router.generate("demo", prompt="Hello!")["done"]
         refused = call(router, "POST", "/api/copy", {"source": "demo", "destination": "x"})

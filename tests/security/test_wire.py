@@ -58,7 +58,7 @@ def test_an_address_that_others_can_reach_is_refused_without_keys(host: str) -> 
 @pytest.mark.req("R31")
 @pytest.mark.parametrize("arguments", [["--api-keys", "secret"], ["--insecure-bind", "true"]])
 def test_with_keys_or_the_operators_word_it_is_not(home: Path, arguments: list[str]) -> None:
-    with running_router(home, "--standby-workers", "0", "--host", "0.0.0.0", *arguments) as router:
+    with running_router(home, "--host", "0.0.0.0", *arguments) as router:
         router.url = router.url.replace("0.0.0.0", "127.0.0.1")
         locked = arguments[0] == "--api-keys"
         assert call(router, "GET", "/api/tags").status == (401 if locked else 200)
@@ -95,7 +95,7 @@ def test_an_asgi_server_of_the_users_own_does_not_open_the_door(home: Path) -> N
 @pytest.mark.req("R31")
 def test_names_and_origins_that_are_allowed_besides(home: Path) -> None:
     arguments = ["--allowed-hosts", "router.example,*.tail.example", "--allowed-origins", "https://ui.example"]
-    with running_router(home, "--standby-workers", "0", *arguments) as router:
+    with running_router(home, *arguments) as router:
         for host in ("router.example", "router.example:11434", "a.tail.example", "ROUTER.example"):
             assert call(router, "GET", "/api/tags", host=host).status == 200
         refused = call(router, "GET", "/api/tags", host="evil.example")
@@ -112,7 +112,7 @@ def test_names_and_origins_that_are_allowed_besides(home: Path) -> None:
 @pytest.mark.req("R52")
 def test_slow_and_silent_clients_are_let_go(home: Path) -> None:
     """Headers byte by byte, no headers at all, and a body that stops."""
-    with running_router(home, "--standby-workers", "0", "--request-timeout-seconds", "0.5") as router:
+    with running_router(home, "--request-timeout-seconds", "0.5") as router:
         silent, dripping, body = _connect(router), _connect(router), _connect(router)
         body.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         began = time.monotonic()
@@ -186,9 +186,7 @@ def test_a_client_that_reads_slowly_and_steadily_gets_everything(home: Path) -> 
 
 @pytest.mark.req("R52")
 def test_headers_and_bodies_have_limits(home: Path) -> None:
-    with running_router(
-        home, "--standby-workers", "0", "--max-header-bytes", "8KiB", "--max-body-bytes", "10000"
-    ) as router:
+    with running_router(home, "--max-header-bytes", "8KiB", "--max-body-bytes", "10000") as router:
         for head in (
             b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 9000 + b"\r\n\r\n",
             b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 2000 + b"\r\n",
@@ -214,7 +212,7 @@ def test_headers_and_bodies_have_limits(home: Path) -> None:
 
 @pytest.mark.req("R52")
 def test_a_flood_of_connections_leaves_room_for_those_that_are_there(home: Path) -> None:
-    with running_router(home, "--standby-workers", "0", "--max-connections", "50") as router:
+    with running_router(home, "--max-connections", "50") as router:
         held = _connect(router)
         _ask(held)
         memory = psutil.Process(router.pid).memory_info().rss

@@ -192,7 +192,7 @@ def main() -> None:
         for name, script in FAKES.items():
             write_fake(home / "fakes" / name, **script)
         make_random_model(home / "real" / "random", size_bytes=4_000_000, seed=0)
-        with running_router(home, "--config", str(_write_config(home))) as router:
+        with running_router(home, "--config", str(_write_config(home)), standby=True) as router:
             problems = _run(router, home, dice, options.minutes, options.seed)
     print("\n".join(problems) or "all promises held")
     sys.exit(1 if problems else 0)

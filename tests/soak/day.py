@@ -58,7 +58,7 @@ def main() -> int:
             if name != "demo"
         }
         config = write_config(home, models, standby_workers=1)
-        with running_router(home, "--config", str(config), "--log-file", str(home / "log")) as router:
+        with running_router(home, "--config", str(config), "--log-file", str(home / "log"), standby=True) as router:
             loads = hours = 0
             while loads < wanted // 10:  # until caches and pools have their size
                 loads, hours = loads + _hour(router, hours, pool), hours + 1

@@ -58,7 +58,11 @@ class RouterProcess:
         cwd: Path | None = None,
         python: list[str] | None = None,
         variables: dict[str, str] | None = None,
+        standby: bool = False,
     ) -> None:
+        """``standby``: leave it to the settings whether a standby worker is kept, which costs two seconds of a core."""
+        if not standby and "--standby-workers" not in arguments:
+            arguments = [*arguments, "--standby-workers", "0"]
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("MLX_ROUTER", "OLLAMA"))
         }

@@ -117,7 +117,7 @@ def _wait(condition: Callable[[], Any], visit: _Visit, what: str) -> Any:
 
 def test_a_model_is_loaded_asked_and_unloaded(browser: Browser, home: Path) -> None:
     """Its memory is seen to rise and to fall, and its answer to grow."""
-    with running_router(home, "--standby-workers", "0") as router, _visit(browser, router) as visit:
+    with running_router(home) as router, _visit(browser, router) as visit:
         visit.state("demo", "unloaded")
         visit.row("demo").get_by_role("button", name="Load demo:latest").click()
         visit.state("demo", "ready")
@@ -236,7 +236,7 @@ def test_a_swap_is_followed_live(browser: Browser, home: Path) -> None:
 
 
 def test_a_restart_of_the_router_is_survived(browser: Browser, home: Path) -> None:
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         port = str(urlsplit(router.url).port)
         context = browser.new_context()
         visit = _Visit(context.new_page(), router)
@@ -244,7 +244,7 @@ def test_a_restart_of_the_router_is_survived(browser: Browser, home: Path) -> No
         visit.state("demo", "ready")
         assert visit.errors == []
     expect(visit.page.locator("#connection")).to_have_text("the router does not answer; trying again")
-    with running_router(home, "--standby-workers", "0", "--port", port) as router:
+    with running_router(home, "--port", port) as router:
         expect(visit.page.locator("#connection")).to_have_text("connected")
         visit.state("demo", "unloaded")
         expect(visit.ask("Hello!").locator(".words")).to_have_text(GREETING)
@@ -256,7 +256,7 @@ def test_a_restart_of_the_router_is_survived(browser: Browser, home: Path) -> No
 def test_a_key_is_asked_for_and_used(browser: Browser, home: Path) -> None:
     secret, stored = make_key("page", [Scope.ADMIN, Scope.INFERENCE], ())
     write_keys(keys_file(home), [stored])
-    with running_router(home, "--standby-workers", "0") as router:
+    with running_router(home) as router:
         context = browser.new_context()
         visit = _Visit(context.new_page(), router)
         expect(visit.page.locator("#key-dialog")).to_be_visible()
@@ -289,7 +289,7 @@ def test_a_download_is_seen_to_get_on(browser: Browser, home: Path) -> None:
     with running_hub() as hub:
         hub.add_folder(repository, DEMO_FOLDER)
         with (
-            running_router(home, "--standby-workers", "0", variables={"HF_ENDPOINT": hub.url}) as router,
+            running_router(home, variables={"HF_ENDPOINT": hub.url}) as router,
             _visit(browser, router) as visit,
         ):
             visit.page.fill("#pull-name", repository)
@@ -304,7 +304,7 @@ def test_a_download_is_seen_to_get_on(browser: Browser, home: Path) -> None:
 def test_a_download_that_breaks_off_is_told(browser: Browser, home: Path) -> None:
     """A proxy may end an answer in good order long before its end."""
     line = '{"status":"pulling 0123","digest":"sha256:0123","total":4000000,"completed":1200000}\n'
-    with running_router(home, "--standby-workers", "0") as router, _visit(browser, router) as visit:
+    with running_router(home) as router, _visit(browser, router) as visit:
         visit.page.route("**/api/pull", lambda route: route.fulfill(body=line, content_type="application/x-ndjson"))
         visit.page.fill("#pull-name", "org/name")
         visit.page.press("#pull-name", "Enter")
