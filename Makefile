@@ -13,7 +13,7 @@ UI := .venv-ui
 LOOPBACK_ONLY := unshare --user --map-root-user --net sh -c 'ip link set lo up && exec sh -c "$$0"'
 # Installed once with everything that development needs; repeated when the project file changes.
 
-.PHONY: templates coverage count sbom test-versions record-open-webui docs screens help setup run test test-agents test-clients test-extras test-open-webui test-slow test-ui soak soak-day fuzz check lint types imports format bench bench-swaps demo-model clean
+.PHONY: test-user templates coverage count sbom test-versions record-open-webui docs screens help setup run test test-agents test-clients test-extras test-open-webui test-slow test-ui soak soak-day fuzz check lint types imports format bench bench-swaps demo-model clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,9 +29,12 @@ run: $(INSTALLED) ## start the router with the bundled demo model
 	$(BIN)/mlx-router start
 
 test: $(INSTALLED) ## all tests that a change has to pass
-	$(BIN)/python -m pytest --numprocesses 3 -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 4 -m "not slow"
 
-test-slow: $(INSTALLED) ## the long ones: many swaps of large models
+test-user: ## the same as an ordinary user, in a copy of the working tree, when called by root
+	.ci/as-user make test
+
+test-slow: $(INSTALLED) ## those that take long: large models, many failures, a service through its life
 	$(BIN)/python -m pytest -m slow
 
 $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/requirements-litellm.txt tests/clients/package.json

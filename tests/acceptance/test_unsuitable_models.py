@@ -32,6 +32,7 @@ def _make_mixture(folder: Path, dtype: mx.Dtype) -> None:
     save_model(folder, model, config, tokenizer)
 
 
+@pytest.mark.slow
 def test_experts_that_a_cpu_cannot_compute_are_refused_at_load(home: Path, tmp_path: Path) -> None:
     _make_mixture(tmp_path / "half", mx.bfloat16)
     _make_mixture(tmp_path / "whole", mx.float32)

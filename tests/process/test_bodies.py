@@ -87,6 +87,7 @@ def _shapes() -> dict[str, tuple[str, bytes]]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_large_body_stops_neither_the_loop_nor_other_streams(home: Path) -> None:
     """Each is refused or answered, never a 500; meanwhile /health answers, and the worker's memory stays as it was."""

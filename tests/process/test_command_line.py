@@ -171,6 +171,7 @@ def test_a_second_router_is_told_of_the_first(demo_router: RouterProcess) -> Non
     assert "another mlx-router answers" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [100, 300, 3000])
 def test_a_low_limit_of_open_files_is_told_and_lived_with(home: Path, limit: int) -> None:
     """mlx-lm asks for 4,096 when it is imported, and does not load where that is refused."""

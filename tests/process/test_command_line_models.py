@@ -44,6 +44,7 @@ def router(home_of_router: Path) -> Iterator[RouterProcess]:
             yield found
 
 
+@pytest.mark.slow
 def test_from_pull_to_rm(router: RouterProcess, tmp_path: Path) -> None:
     pulled = command_on(router, "pull", "house:0.4m")
     assert (pulled.returncode, pulled.stdout) == (0, "")
@@ -168,6 +169,7 @@ def test_the_shell_completes_commands_flags_and_models(router: RouterProcess) ->
     assert checked.returncode == 0
 
 
+@pytest.mark.slow
 def test_doctor_finds_nothing_wrong_and_what_is_wrong(home: Path, router: RouterProcess) -> None:
     environment = {"HF_HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
     port = urlsplit(router.url).port

@@ -193,6 +193,7 @@ def test_sigterm_lets_running_streams_finish_and_leaves_nothing(home: Path) -> N
     router.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.req("R47")
 def test_a_model_that_always_dies_is_given_up(home: Path) -> None:
     with running_router(home, *fake_config(home, {"a": {"crash_at": "load"}})) as router:
@@ -262,6 +263,7 @@ def test_a_run_directory_that_was_removed_is_made_again(home: Path) -> None:
     assert not last.parent.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("standby", [0, 1])
 def test_a_worker_that_is_stopped_before_it_is_ready_costs_no_long_wait(home: Path, standby: int) -> None:
     """SIGSTOP, a debugger, or a driver that hangs: nothing is heard of it, and it uses no processor."""

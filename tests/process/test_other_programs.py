@@ -94,6 +94,7 @@ def _listening(kind: type[_Recorder]) -> Iterator[tuple[int, list[str]]]:
         thread.join(DEADLINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [_Ollama, _Stranger, _Impostor])
 def test_no_other_program_is_told_the_local_key(tmp_path: Path, kind: type[_Recorder]) -> None:
     renew_local_key(tmp_path)

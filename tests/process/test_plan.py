@@ -22,6 +22,7 @@ def _plan(router: RouterProcess, model: str) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.req("R13")
 def test_a_peak_of_many_requests_makes_no_model_too_large(home: Path) -> None:
     """It fits by its files, and did so before; what it once took beyond that has others leave, and no more."""

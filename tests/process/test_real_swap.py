@@ -18,6 +18,7 @@ def _tree_bytes(router: RouterProcess) -> int:
     return sum(process_bytes(process.pid) for process in [psutil.Process(router.pid), *router.children()])
 
 
+@pytest.mark.slow
 @pytest.mark.req("R10", "R12", "R15")
 @pytest.mark.timeout(120)
 def test_a_large_model_leaves_whole_for_a_small_one_and_its_stream_is_not_cut(
@@ -92,6 +93,7 @@ def _swap(router: RouterProcess, names: list[str], times: int) -> None:
         assert loaded == [f"{name}:latest"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_swaps_of_small_models_keep_the_router_small(home: Path, models_dir: Path) -> None:
     arguments = ["--models-dir", str(models_dir), "--max-loaded-models", "1"]

@@ -45,6 +45,7 @@ def test_the_next_request_gets_the_new_model(home: Path, tmp_path: Path, in_plac
         assert router.status()["router"]["kill_incidents"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.req("R27")
 def test_a_running_answer_ends_with_the_old_files(home: Path, tmp_path: Path) -> None:
     models = tmp_path / "models"

@@ -114,6 +114,7 @@ def machine(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[_Machine
         wait_until(lambda: not keeper_pids(found.state), "the service has ended")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_a_service_lives_through_what_happens_to_it(machine: _Machine) -> None:
     assert machine.run("status").returncode == 3
@@ -170,6 +171,7 @@ def test_a_service_lives_through_what_happens_to_it(machine: _Machine) -> None:
         assert machine.run(words).returncode == 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_one_that_cannot_start_is_stopped_and_started_once_it_can(machine: _Machine) -> None:
     """It crashes again and again; stopped, it stays so, and when its settings are mended it may start at once."""

@@ -65,6 +65,7 @@ def test_stop_says_so_only_when_everything_is_gone(home: Path) -> None:
         assert router.process.wait(5) == -signal.SIGTERM
 
 
+@pytest.mark.slow
 @pytest.mark.req("R49")
 def test_stop_of_a_worker_that_does_not_leave_fails_and_names_it(home: Path) -> None:
     script = {"ignore_shutdown": True, "ignore_term": True, "tokens": 2}

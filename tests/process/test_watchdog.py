@@ -124,6 +124,7 @@ def test_a_model_that_always_fails_is_given_up_with_its_last_words_and_forgiven_
         assert router.model("a")["failures"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.req("R47")
 def test_ordinary_requests_bring_a_failing_model_to_failed_and_not_further(home: Path) -> None:
     with running_router(home, *fake_config(home, {"a": {"crash_at": "load"}})) as router:
@@ -196,6 +197,7 @@ def test_a_counter_that_was_given_up_before_it_said_hello_is_no_counter(home: Pa
         wait_until(lambda: len(router.children()) == 1, "one is left")
 
 
+@pytest.mark.slow
 @pytest.mark.req("R14")
 @pytest.mark.timeout(120)
 def test_two_hundred_failures_leave_no_process_and_no_descriptor(home: Path) -> None:

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
+
 from tests.support.command import command, command_on
 from tests.support.fakes import fake_config
 from tests.support.http import call
@@ -28,6 +30,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "MLX_ROUTER_HOME": "/nonexistent", "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
 
 
+@pytest.mark.slow
 def test_logs_show_everything_or_one_model_and_follow(home: Path) -> None:
     with running_router(home, *fake_config(home, {"a": {}, "b": {}})) as router:
         router.generate("a")

@@ -143,6 +143,7 @@ def test_code_of_a_repository_is_never_run(home: Path, tmp_path: Path) -> None:
         assert not [name for name in environment if name.startswith(("HF_ENDPOINT", "MLX_ROUTER", "AWS_", "OPENAI"))]
 
 
+@pytest.mark.slow
 @pytest.mark.req("R28", "R52")
 def test_a_tokenizer_that_is_a_trap_fails_its_own_load_only(home: Path, tmp_path: Path) -> None:
     models = tmp_path / "models"

@@ -135,6 +135,7 @@ def test_a_name_is_only_ever_a_key(audited: tuple[RouterProcess, Audit], number:
     assert not Path("/tmp/mlxr-pwned").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.req("R32")
 @pytest.mark.timeout(240)
 def test_the_same_from_the_command_line(audited: tuple[RouterProcess, Audit], tmp_path: Path) -> None:
