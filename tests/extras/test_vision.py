@@ -70,6 +70,12 @@ def test_an_image_on_all_three_apis_is_seen(router: RouterProcess) -> None:
     assert generated.json()["response"] == red
 
 
+def test_hundreds_of_steps_change_nothing(router: RouterProcess) -> None:
+    first = _said(_chat(router, [_RED]))
+    for _ in range(30):
+        assert _said(_chat(router, [_RED])) == first
+
+
 def test_many_at_once_answer_as_they_would_alone(router: RouterProcess) -> None:
     asks = [[_RED], [_BLUE], [], [_RED, _BLUE]] * 4
     alone = [_said(_chat(router, images)) for images in asks[:4]]

@@ -131,6 +131,9 @@ class VisionEngine(MlxEngine):
     def _share_step(self) -> None:
         """mlx-vlm reads one prompt at a time here."""
 
+    def _eval_caches(self) -> None:
+        """mlx-vlm's generator evaluates its caches at an interval of its own."""
+
     def compile_kernels(self) -> None:
         """The first request does it."""
 
