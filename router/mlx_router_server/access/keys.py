@@ -45,8 +45,8 @@ _PREFIX: Final = "mlxr-"
 _HASHED: Final = "sha256:"
 _MOST_BYTES: Final = 2**20
 _MASK: Final = "****"
-_KEY_LIKE: Final = re.compile(r"(mlxr-|sk-|hf_)[A-Za-z0-9_-]{8,}")
-"""As keys of this server, of the OpenAI and Anthropic clients and of the hub begin."""
+_KEY_LIKE: Final = re.compile(r"(?<![A-Za-z0-9])(mlxr-|sk-|hf_)[A-Za-z0-9_-]{8,}")
+"""Keys of this server, of OpenAI, of Anthropic and of Hugging Face."""
 
 
 class Scope(StrEnum):
