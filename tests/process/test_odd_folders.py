@@ -200,6 +200,18 @@ def test_a_scan_that_hangs_fails_at_its_limit_and_is_not_started_twice() -> None
     assert scans.run("mount", lambda: "read") == "read"
 
 
+def test_a_scan_that_gets_on_has_all_the_time_it_needs() -> None:
+    scans = BoundedScans(0.2)
+
+    def read_many() -> int:
+        for _ in range(8):
+            threading.Event().wait(0.08)
+            scans.note_progress("disk")
+        return 8
+
+    assert scans.run("disk", read_many) == 8
+
+
 async def _wait_without_scan(catalogue: Catalogue) -> None:
     await catalogue.wait_ready()
 

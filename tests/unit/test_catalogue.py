@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -387,3 +388,54 @@ def test_what_a_worker_finds_out_is_listed_from_then_on() -> None:
         assert catalogue.generation == known, "nothing new"
 
     asyncio.run(look())
+
+
+def test_models_stay_listed_while_their_folder_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that sleeps or a mount that is slow; the scan is repeated until it has read everything."""
+    monkeypatch.setattr("mlx_router_server.catalogue.index._SCAN_SECONDS", 0.1)
+    write_model(tmp_path / "models" / "one")
+    builder = IndexBuilder(Sources(demo=False, folders=(tmp_path / "models",)), None)
+    assert {entry.name.display for entry in builder.build().listed} == {"one:latest"}
+    assert builder.is_complete
+    write_model(tmp_path / "models" / "two")
+    answers = threading.Event()
+
+    def hang(path: Path, said: str) -> Any:
+        answers.wait(30)
+        return inspect_folder(path, said)
+
+    monkeypatch.setattr("mlx_router_server.catalogue.index.inspect_folder", hang)
+    for _ in range(2):
+        assert {entry.name.display for entry in builder.build().listed} == {"one:latest"}
+        assert not builder.is_complete
+    answers.set()
+    assert builder._scans._hanging[f"folder {tmp_path / 'models'}"].done.wait(5)
+    assert {entry.name.display for entry in builder.build().listed} == {"one:latest", "two:latest"}
+    assert builder.is_complete
+
+
+def test_a_catalogue_is_read_again_until_every_folder_has_answered(tmp_path: Path) -> None:
+    async def test() -> None:
+        catalogue = Catalogue(Sources(demo=False, folders=(tmp_path,)))
+        await catalogue.refresh()
+        first = catalogue.generation
+        await catalogue.refresh()
+        assert catalogue.generation == first, "nothing has changed"
+        catalogue._builder.is_complete = False
+        await catalogue.refresh()
+        assert catalogue.generation > first
+
+    asyncio.run(test())
+
+
+def test_an_adapter_that_is_trained_anew_is_noticed(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapters.safetensors").write_bytes(b"1")
+    registered = Registered(name="m", path=model, adapter=adapter)
+    builder = IndexBuilder(Sources(demo=False, registered=(registered,)), None)
+    before, entry = builder.stamps(), builder.build().listed[0]
+    (adapter / "adapters.safetensors").write_bytes(b"22")
+    assert builder.stamps() != before
+    assert builder.build().listed[0].adapter_digest != entry.adapter_digest

@@ -160,7 +160,7 @@ class Catalogue:
         """Look again if a folder changed; the look itself happens in a thread, one at a time."""
         async with self._building:
             stamps = await asyncio.to_thread(self._builder.stamps)
-            if stamps != self._stamps or not self._looked.is_set():
+            if stamps != self._stamps or not self._looked.is_set() or not self._builder.is_complete:
                 index = await asyncio.to_thread(self._builder.build)
                 before, self._index, self._stamps = self._index, index, stamps
                 self._generation += 1

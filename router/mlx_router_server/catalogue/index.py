@@ -95,6 +95,9 @@ _Inspected = tuple[Path, str, tuple[tuple[str, int, int], ...]]
 """A folder, what the configuration says of its kind, and name, size and modification time of each file."""
 
 
+_Models = list[tuple[Found, ModelFiles | Unservable]]
+
+
 class IndexBuilder:
     """Looks at the sources; files that have not changed are not read again."""
 
@@ -104,6 +107,10 @@ class IndexBuilder:
         self.facts: dict[str, Facts] = {}
         """By the digest of the weights."""
         self._scans = BoundedScans(_SCAN_SECONDS)
+        self.is_complete = True
+        """Whether every folder answered in the last build; if not, it has to be repeated although nothing changed."""
+        self._last_found: dict[str, _Models] = {}
+        """By the name of a scan, what it found when its folder last answered."""
         self._inspected: dict[_Inspected, ModelFiles | Unservable] = {}
         self._seen: set[_Inspected] = set()
         """What the build that runs has used of it; the rest is of models that are gone."""
@@ -125,8 +132,7 @@ class IndexBuilder:
             except ScanTimeout:
                 stamps.append((str(root), _HANGING))
         for registered in self.sources.registered:
-            if registered.path is not None:
-                path = registered.path
+            for path in filter(None, (registered.path, registered.adapter)):
                 try:
                     stamps += self._scans.run(f"stamps {path}", partial(stamp, path))
                 except ScanTimeout:
@@ -136,6 +142,7 @@ class IndexBuilder:
     def build(self) -> Index:
         registered = {parse_name(said.name).key: said for said in self.sources.registered}
         self._seen = set()
+        self.is_complete = True
         entries: dict[str, ModelEntry] = {}
         unservable: dict[str, Unservable] = {}
         for found, files in self._scanned(registered):
@@ -160,8 +167,8 @@ class IndexBuilder:
             by_target.setdefault(target, []).append(parse_name(short).display.removesuffix(":latest"))
         for target, shorts in by_target.items():
             entries[target] = replace(entries[target], aliases=tuple(sorted(shorts)))
-        # A copy, because a disk that does not answer in time is still being read by another thread.
-        self._inspected = {key: files for key, files in dict(self._inspected).items() if key in self._seen}
+        if self.is_complete:  # else a thread still reads, and what it has read is of use in the next build
+            self._inspected = {key: files for key, files in self._inspected.items() if key in self._seen}
         return self.corrected(Index(entries, aliases, unservable))
 
     def corrected(self, index: Index) -> Index:
@@ -249,35 +256,44 @@ class IndexBuilder:
     def _scanned(self, registered: dict[str, Registered]) -> Iterator[tuple[Found, ModelFiles | Unservable]]:
         """Every folder that looks like a model, with its facts, in the order of the sources.
 
-        Each root is read within a limit of its own: a disk that does not answer hides no other.
+        Each root is read within a limit of its own: a disk that does not answer hides no other, and the models that
+        were known on it stay.
         """
         sources = self.sources
 
-        def inspect_all(found: Iterable[Found]) -> list[tuple[Found, ModelFiles | Unservable]]:
-            return [(each, self._inspect(each, _kind_of(each, registered))) for each in found]
+        def inspect_all(found: Iterable[Found], scan: str = "") -> _Models:
+            models = []
+            for each in found:
+                models.append((each, self._inspect(each, _kind_of(each, registered))))
+                self._scans.note_progress(scan)
+            return models
 
-        def scan(root: Path, discover: Callable[[], Iterable[Found]]) -> list[tuple[Found, ModelFiles | Unservable]]:
+        def scan(name: str, root: Path, discover: Callable[[], Iterable[Found]]) -> _Models:
             try:
-                return self._scans.run(f"models {root}", lambda: inspect_all(discover()))
+                models = self._last_found[name] = self._scans.run(name, lambda: inspect_all(discover(), name))
+                return models
             except ScanTimeout as error:
+                self.is_complete = False
                 problem = str(error)
+                if known := self._last_found.get(name):
+                    return known
             except OSError as error:
                 problem = f"its folder cannot be read: {error.strerror or error}"
             return [(Found(str(root), root, "folder", root, problem), Unservable(reason=problem))]
 
-        hub = scan(sources.hub, partial(discover_hub, sources.hub)) if sources.hub is not None else []
+        hub = scan("hub", sources.hub, partial(discover_hub, sources.hub)) if sources.hub is not None else []
         by_repo = {found.name.lower(): found for found, _ in hub}
         for said in sources.registered:
             if said.path is not None:
                 named = Found(said.name, said.path, "config")
-                yield from ((replace(found, name=said.name), files)
-                            for found, files in scan(said.path, partial(list, [named])))  # fmt: skip
+                found_here = scan(f"model {said.name}", said.path, partial(list, [named]))
+                yield from ((replace(found, name=said.name), files) for found, files in found_here)
             elif said.repo is not None and (known := by_repo.get(said.repo.lower())) is not None:
                 yield from inspect_all([Found(said.name, known.path, "config", problem=known.problem)])
         if sources.demo:
             yield from inspect_all([Found("demo", DEMO_FOLDER, "demo")])
         for folder in sources.folders:
-            yield from scan(folder, partial(discover_folders, folder))
+            yield from scan(f"folder {folder}", folder, partial(discover_folders, folder))
         yield from hub
 
     def _inspect(self, found: Found, said: str) -> ModelFiles | Unservable:
