@@ -428,6 +428,24 @@ def test_a_catalogue_is_read_again_until_every_folder_has_answered(tmp_path: Pat
     asyncio.run(test())
 
 
+def test_only_files_that_a_loader_reads_make_a_model_another_one(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "models" / "m")
+    builder = IndexBuilder(Sources(demo=False, folders=(tmp_path / "models",)), None)
+
+    def stamp() -> str:
+        return builder.build().listed[0].files.stamp
+
+    before = stamp()
+    for name in ("notes.txt", "README.md", "LICENSE", "imatrix.dat", ".DS_Store", "model.gguf.part"):
+        (model / name).write_text("x")
+    (model / "samples").mkdir()
+    assert stamp() == before
+    for name in ("chat_template.jinja", "merges.txt", "tokenizer.model", "qwen.tiktoken", "generation_config.json"):
+        (model / name).write_text("{}")
+        assert stamp() != before, name
+        before = stamp()
+
+
 def test_an_adapter_that_is_trained_anew_is_noticed(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     adapter = tmp_path / "adapter"

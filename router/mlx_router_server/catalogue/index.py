@@ -23,7 +23,7 @@ from mlx_router_server.catalogue.kinds import Kind
 from mlx_router_server.catalogue.names import ModelName, parse_name
 from mlx_router_server.catalogue.overlay import NOTHING, Overlay
 from mlx_router_server.catalogue.scans import BoundedScans, ScanTimeout
-from mlx_router_server.catalogue.stamps import digest_of, stamp, stamps_below
+from mlx_router_server.catalogue.stamps import digest_of, is_loaded, stamp, stamps_below
 from mlx_router_server.catalogue.store import Manifest, Store
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError
 
@@ -32,7 +32,6 @@ __all__ = ["DEMO_FOLDER", "Facts", "Index", "IndexBuilder", "Registered", "Sourc
 DEMO_FOLDER: Final = Path(__file__).parent / "demo"
 
 _SCAN_SECONDS: Final = 10.0
-_NOT_LOADED: Final = ("README", "LICENSE", ".")
 _HANGING: Final = -1
 """The stamp of a folder that did not answer: a change of it means that it answers again."""
 
@@ -329,7 +328,7 @@ class IndexBuilder:
                 log.exception("event=model_unreadable path=%r", str(found.path))
                 known = Unservable(reason=f"its files make no sense: {type(error).__name__}: {error}")
             if isinstance(known, ModelFiles):
-                known = replace(known, stamp=digest_of(item for item in listing if not item[0].startswith(_NOT_LOADED)))
+                known = replace(known, stamp=digest_of(item for item in listing if is_loaded(item[0])))
             self._inspected[key] = known
         return known
 

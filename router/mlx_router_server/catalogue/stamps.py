@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["digest_of", "stamp", "stamps_below"]
+__all__ = ["digest_of", "is_loaded", "stamp", "stamps_below"]
 
-_MODEL_FILES: Final = (".json", ".safetensors", ".jinja", ".model")
+_LOADED: Final = (".json", ".safetensors", ".jinja", ".model", ".tiktoken")
+_LOADED_NAMES: Final = frozenset({"merges.txt", "vocab.txt", "1_Pooling", "additional_chat_templates"})
 
 
 def stamps_below(root: Path) -> list[tuple[str, int]]:
@@ -24,6 +25,11 @@ def stamps_below(root: Path) -> list[tuple[str, int]]:
                 for snapshot in _subfolders(second):
                     stamps += stamp(snapshot)
     return stamps
+
+
+def is_loaded(name: str) -> bool:
+    """Whether a loader may read a file or folder of this name; a change of any other leaves a loaded model as it is."""
+    return not name.startswith(".") and (name.endswith(_LOADED) or name in _LOADED_NAMES)
 
 
 def digest_of(items: Iterable[Any]) -> str:
@@ -47,7 +53,7 @@ def stamp(path: Path) -> list[tuple[str, int]]:
 
 def _is_model_file(entry: os.DirEntry[str]) -> bool:
     try:
-        return entry.name.endswith(_MODEL_FILES) and entry.is_file()
+        return is_loaded(entry.name) and entry.is_file()
     except OSError:
         return False
 
