@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +66,29 @@ def test_what_was_decided_before_a_defect_is_carried_out(
     assert "event=first model='a'" in caplog.text
     assert "event=last model='a'" in caplog.text
     assert "KeyError: 'a defect'" in caplog.text
+
+
+def test_a_router_that_gives_up_exits_with_a_failure(tmp_path: Path) -> None:
+    """A service manager takes the end by a SIGTERM for a wish of the operator, and does not start it again."""
+    script = """
+import sys
+from mlx_router_server.cli import main
+from mlx_router_server.lifecycle.machine import Lifecycle
+from mlx_router_server.workers import supervisor
+
+def fail(self, event, now):
+    raise KeyError("a defect")
+
+supervisor._MOST_DEFECTS = 2
+Lifecycle.handle = fail
+sys.exit(main())
+"""
+    environment = {**os.environ, "MLX_ROUTER_HOME": str(tmp_path)}
+    arguments = ["start", "--port", "0", "--standby-workers", "0", "--drain-timeout-seconds", "1"]
+    done = subprocess.run([sys.executable, "-P", "-c", script, *arguments], env=environment, capture_output=True,
+                          text=True, timeout=40)  # fmt: skip
+    assert "event=router_gives_up" in done.stderr
+    assert done.returncode == 1
 
 
 def test_a_defect_that_comes_back_slows_down_and_ends_the_router(

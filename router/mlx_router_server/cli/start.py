@@ -104,6 +104,8 @@ def start(options: argparse.Namespace, settings: Settings) -> int:
     if inside is not None and (left := inside.supervisor.left_behind):
         print(f"mlx-router: worker processes that could not be ended: {', '.join(map(str, left))}", file=sys.stderr)
         return 1
+    if inside is not None and inside.supervisor.gave_up:
+        return 1
     if received and os.environ.get("XPC_SERVICE_NAME") != LABEL:  # launchd would take it for a crash
         # The service manager sees the truth: ended by this signal, after an orderly shutdown.
         logging.shutdown()  # nothing of Python runs after this signal

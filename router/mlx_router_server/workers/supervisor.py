@@ -101,6 +101,8 @@ class Supervisor:
         """How often the owner has decided something: that it moves is the sign that the router lives."""
         self.kill_incidents = 0
         self.stranded_incidents = 0
+        self.gave_up = False
+        """Whether decisions kept failing, so that the router ends itself: its exit status says that it failed."""
         self.left_behind: list[int] = []
         """Pids of workers that not even KILL could end within its limit."""
         self.happenings = Happenings()
@@ -141,12 +143,16 @@ class Supervisor:
         self._post(ShutdownHastened())
 
     async def stop(self) -> None:
-        """Refuse, drain, stop every worker and see each of them gone; then close the socket."""
+        """Refuse, drain, stop every worker and see each of them gone; then close the socket.
+
+        After ``gave_up`` no decision stops a worker any more: those that are left end when this process does.
+        """
         self.begin_leaving()
-        await self.settled()
+        if not self.gave_up:
+            await self.settled()
         await self._standby.close(self._stop_seconds)
         await asyncio.gather(*(counter.close(self._stop_seconds) for counter in self._counters.values()))
-        while self._runs:
+        while self._runs and not self.gave_up:
             await self.wait_change()
         tasks = [*self._watchers, *([self._owner] if self._owner is not None else [])]
         for task in tasks:
@@ -335,6 +341,7 @@ class Supervisor:
                 log.exception("event=lifecycle_error cause=%s", type(event).__name__)
                 if defects >= _MOST_DEFECTS:
                     log.critical("event=router_gives_up reason=%r", f"{defects} decisions in a row failed")
+                    self.gave_up = True
                     os.kill(os.getpid(), signal.SIGTERM)
                 await asyncio.sleep(min(_FIRST_PAUSE_SECONDS * 2**defects, 1.0))
             else:
