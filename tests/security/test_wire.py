@@ -195,7 +195,13 @@ def test_headers_and_bodies_have_limits(home: Path) -> None:
         ):
             connection = _connect(router)
             connection.sendall(head)
-            assert b" 431 " in _read_all(connection).split(b"\r\n", 1)[0]
+            answer = _read_all(connection)
+            assert b" 431 " in answer.split(b"\r\n", 1)[0]
+            assert answer.count(b"HTTP/1.1") == 1
+        body = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000000\r\nX: %b\r\n\r\n" % (b"a" * 9000)
+        connection = _connect(router)
+        connection.sendall(body + b"x" * 3_000_000)  # what follows is taken, so that the answer is not lost
+        assert b" 431 " in _read_all(connection).split(b"\r\n", 1)[0]
         assert call(router, "POST", "/api/chat", b"x" * 10001).status == 413
         connection = _connect(router)
         connection.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000000\r\n\r\n")
@@ -208,6 +214,20 @@ def test_headers_and_bodies_have_limits(home: Path) -> None:
         assert b" 413 " in connection.recv(1000).split(b"\r\n", 1)[0]
         connection.close()
         assert call(router, "GET", "/").status == 200
+
+
+def test_requests_behind_one_that_is_refused_are_not_answered(home: Path) -> None:
+    with running_router(home, "--max-header-bytes", "8KiB") as router:
+        connection = _connect(router)
+        good = b"GET /api/version HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        bad = b"GET /api/version HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 9000 + b"\r\n\r\n"
+        connection.sendall(bad + good * 100)
+        assert _read_all(connection).count(b"HTTP/1.1 ") == 1
+        upgrade = b"GET /api/version HTTP/1.1\r\nHost: localhost\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n"
+        connection = _connect(router)
+        connection.sendall(upgrade * 1500 + good.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        assert _read_all(connection).count(b"HTTP/1.1 200") == 1501
+        assert "Traceback" not in router.log
 
 
 @pytest.mark.req("R52")

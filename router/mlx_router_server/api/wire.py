@@ -135,16 +135,26 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
             """As uvicorn's ``data_received``, but an offer to change the protocol is declined instead of ending the
             parsing: Java's client offers h2c with every request, and its body follows."""
             self._unset_keepalive_if_required()
-            try:
-                self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._decline_upgrade(data[upgrade.args[0] :])
-            except httptools.HttpParserError:
-                self.send_400_response("Invalid HTTP request received.")
+            while data and not self._is_over:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    data = data[upgrade.args[0] :]
+                    self._decline_upgrade()
+                except httptools.HttpParserError:
+                    if not self._is_over:
+                        self.send_400_response("Invalid HTTP request received.")
+                    return
 
-        def _decline_upgrade(self, rest: bytes) -> None:
+        @property
+        def _is_over(self) -> bool:
+            """Whether this connection answers no further request."""
+            return self.transport.is_closing() or self._lingering is not None
+
+        def _decline_upgrade(self) -> None:
             """Parse what follows the headers as their body, by a new parser that is given the same framing headers."""
-            if self.transport.is_closing():
+            if self._is_over:
                 return
             framing = [
                 b"%s: %s\r\n" % (name, value)
@@ -157,11 +167,8 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
                 self.parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(framing) + b"\r\n")
             except httptools.HttpParserError:
                 self.send_400_response("Invalid HTTP request received.")
-                return
             finally:
                 self._declining = False
-            if rest:
-                self._feed(rest)
 
         def on_url(self, url: bytes) -> None:
             if not self._declining:
@@ -172,7 +179,7 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
                 super().on_header(name, value)
 
         def on_message_begin(self) -> None:
-            if self._declining:
+            if self._declining or self._is_over:
                 return
             super().on_message_begin()
             self._in_headers = True
@@ -180,7 +187,7 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
                 self._expect_headers()
 
         def on_headers_complete(self) -> None:
-            if self._declining:
+            if self._declining or self._is_over:
                 return
             self._in_headers = False
             self._stop_timer()
@@ -191,18 +198,18 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
                 self._refuse(431, "Request Header Fields Too Large", "the headers are longer than max_header_bytes")
                 return
             super().on_headers_complete()
-            self.cycle.transport = _AnsweredTransport(self.transport, self._linger)  # type: ignore[assignment]
+            self.cycle.transport = _AnsweredTransport(self.transport, self._close_answered)  # type: ignore[assignment]
             if self.scope["http_version"] == "1.0":
                 # The task that answers has been made and has not run yet.
                 self.cycle.__class__ = _UnchunkedCycle
 
         def on_body(self, body: bytes) -> None:
-            if not self.transport.is_closing():
+            if not self._is_over:
                 super().on_body(body)
 
         def on_message_complete(self) -> None:
             offers_upgrade = not self._declining and self.parser.should_upgrade()
-            if not self.transport.is_closing() and not offers_upgrade:
+            if not self._is_over and not offers_upgrade:
                 super().on_message_complete()
 
         def on_response_complete(self) -> None:
@@ -211,14 +218,18 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
 
         # ----------------------------------------------------------------- own
 
+        def _close_answered(self) -> None:
+            if self._in_headers or self.cycle.more_body:
+                self._linger()
+            else:
+                self.transport.close()
+
         def _linger(self) -> None:
             """End the answer, and take what the client still sends for a while: if the connection were closed at once,
             the system would reset it, and the client would lose the answer that says why."""
-            if self.transport.is_closing() or self._lingering is not None:
+            if self._is_over:
                 return
-            if not self._in_headers and not self.cycle.more_body:
-                self.transport.close()
-                return
+            self._stop_timer()
             self.transport.write_eof()
             self.flow.resume_reading()
             self._linger_until = self.loop.time() + _LINGER_SECONDS
@@ -243,7 +254,7 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
 
         def _too_slow(self) -> None:
             self._timer = None
-            if not self.transport.is_closing():
+            if not self._is_over:
                 self._refuse(408, "Request Timeout", "the headers took longer than request_timeout_seconds")
 
         def _read_again(self) -> None:
