@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import socket
@@ -11,15 +12,25 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from mlx_router_server.access.keys import local_key, renew_local_key
+from mlx_router_server.cli.client import Client
 from tests.support.command import command, command_on
 from tests.support.http import call
-from tests.support.router import DEADLINE, RouterProcess, running_router
+from tests.support.router import DEADLINE, RouterProcess, running_router, wait_until
 
 _PID = os.getpid()
+
+
+def _has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 class _Recorder(BaseHTTPRequestHandler):
@@ -75,11 +86,30 @@ class _Impostor(_Recorder):
         return 200, json.dumps(body).encode(), headers
 
 
+class _Relay(_Recorder):
+    """Passes the challenge on to a real router at the same port of another address."""
+
+    def answer(self) -> tuple[int, bytes, dict[str, str]]:
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", int(self.headers["host"].rpartition(":")[2]), timeout=DEADLINE
+        )
+        challenge = self.headers.get("x-mlx-router-challenge") or ""
+        connection.request("GET", self.path, headers={"x-mlx-router-challenge": challenge})
+        reply = connection.getresponse()
+        body, proof = reply.read(), reply.headers.get("x-mlx-router-proof") or ""
+        connection.close()
+        return reply.status, body, {"x-request-id": "1", "x-mlx-router-proof": proof}
+
+
+class _Server6(HTTPServer):
+    address_family = socket.AF_INET6
+
+
 @contextmanager
-def _listening(kind: type[_Recorder]) -> Iterator[tuple[int, list[str]]]:
+def _listening(kind: type[_Recorder], port: int = 0) -> Iterator[tuple[int, list[str]]]:
     seen: list[str] = []
     handler: Any = type("Handler", (kind,), {"seen": seen})
-    server = HTTPServer(("127.0.0.1", 0), handler)
+    server = _Server6(("::1", port), handler) if port else HTTPServer(("127.0.0.1", 0), handler)
 
     def serve() -> None:
         server.serve_forever(poll_interval=0.02)
@@ -104,6 +134,15 @@ def test_no_other_program_is_told_the_local_key(tmp_path: Path, kind: type[_Reco
             command(*arguments, port=port, home=tmp_path)
             assert seen, arguments
             assert not [text for text in seen if key in text or "authorization" in text.lower()], arguments
+
+
+@pytest.mark.skipif(not _has_ipv6(), reason="the other address of this machine is ::1")
+def test_a_challenge_that_is_passed_on_to_a_router_proves_nothing(home: Path) -> None:
+    with running_router(home) as router, _listening(_Relay, urlsplit(router.url).port or 0) as (port, seen):
+        key = wait_until(lambda: local_key(home), "the router has written its local key")
+        assert Client(f"http://[::1]:{port}", local_key=key).get("/admin/config")["settings"]
+        assert "x-mlx-router-challenge" in seen[0].lower()
+        assert not [text for text in seen if key in text]
 
 
 def test_a_router_that_proves_itself_is_told_the_local_key(home: Path) -> None:

@@ -82,10 +82,12 @@ def test_the_local_key_opens_but_does_not_ask(tmp_path: Path) -> None:
     ring.refresh()
     assert ring.identify(text) is None, "it was renewed, maybe by another router"
     assert ring.identify(local_key(tmp_path)) is not None
-    proof = ring.prove_local("abc", 11434)
-    assert proof == local_proof(key_digest(local_key(tmp_path)), "abc", 11434)
-    assert proof != ring.prove_local("abc", 11435)
-    assert proof != ring.prove_local("abd", 11434)
+    proof = ring.prove_local("abc", "127.0.0.1", 11434)
+    assert proof == local_proof(key_digest(local_key(tmp_path)), "abc", "127.0.0.1", 11434)
+    assert proof == ring.prove_local("abc", "::ffff:127.0.0.1", 11434)
+    assert proof != ring.prove_local("abc", "127.0.0.1", 11435)
+    assert proof != ring.prove_local("abd", "127.0.0.1", 11434)
+    assert proof != ring.prove_local("abc", "::1", 11434)
 
 
 def test_scopes_and_models() -> None:

@@ -151,11 +151,13 @@ class KeyRing:
             self._local_stamp = stamp
             self._local = (Key(name="local", digest=key_digest(text), scopes=frozenset(Scope)),)
 
-    def prove_local(self, challenge: str, port: int) -> str:
-        """What shows a command that this router knows the local key, without telling the key; empty if it does not. The
-        port is part of it, so that another program cannot pass the challenge on to a router at another port."""
+    def prove_local(self, challenge: str, address: str, port: int) -> str:
+        """Return the proof that this router has the local key; empty if it has none.
+
+        Address and port of the connection are part of it, so that another program cannot pass the challenge on to a
+        router elsewhere."""
         self._refresh_local()
-        return local_proof(self._local[0].digest, challenge, port) if self._local else ""
+        return local_proof(self._local[0].digest, challenge, address, port) if self._local else ""
 
     def refresh(self) -> bool:
         """Read the file again if it has changed, and return whether it had. Raises ``KeyFileError``, and then the keys
@@ -233,9 +235,13 @@ def _read_local_key(file: Path) -> str:
         return ""
 
 
-def local_proof(digest: str, challenge: str, port: int) -> str:
-    """``digest`` is the SHA-256 of the local key, in hex."""
-    return hmac.new(digest.encode(), f"{challenge}:{port}".encode(), hashlib.sha256).hexdigest()
+def local_proof(digest: str, challenge: str, address: str, port: int) -> str:
+    """Return the HMAC-SHA256, in hex, of a challenge and of the router's end of the connection.
+
+    ``digest`` is the SHA-256 of the local key, in hex. An IPv4 address may be written as an IPv6 one.
+    """
+    bare = address.removeprefix("::ffff:") if "." in address else address
+    return hmac.new(digest.encode(), f"{challenge}:{bare}:{port}".encode(), hashlib.sha256).hexdigest()
 
 
 def read_keys(file: Path) -> list[Key]:

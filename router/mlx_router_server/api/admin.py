@@ -53,9 +53,9 @@ async def health(request: Request) -> Response:
     knows the local key, before the key is sent to it."""
     response = _json({"status": "ok", "version": __version__})
     challenge = request.headers.get("x-mlx-router-challenge", "")
-    _, port = request.scope.get("server") or ("", None)
+    address, port = request.scope.get("server") or ("", None)
     if challenge and len(challenge) <= _LONGEST_CHALLENGE and port:
-        response.headers["x-mlx-router-proof"] = server_of(request).keys.prove_local(challenge, port)
+        response.headers["x-mlx-router-proof"] = server_of(request).keys.prove_local(challenge, address, port)
     return response
 
 

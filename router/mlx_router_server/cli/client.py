@@ -234,6 +234,8 @@ class Client:
         challenge = secrets.token_hex(16)
         connection = self._connection()
         try:
+            connection.connect()
+            address = connection.sock.getpeername()[0]
             connection.request("GET", "/health", headers={"x-mlx-router-challenge": challenge})
             response = connection.getresponse()
             response.read()
@@ -242,7 +244,8 @@ class Client:
             return False
         finally:
             connection.close()
-        return hmac.compare_digest(proof, local_proof(key_digest(key), challenge, self._port))
+        self._host = address  # a name may stand for several addresses, with another program at each
+        return hmac.compare_digest(proof, local_proof(key_digest(key), challenge, address, self._port))
 
     def _api_error(self, response: http.client.HTTPResponse, data: bytes) -> ApiError | NoRouter:
         if response.status in (404, 405) and "x-request-id" not in response.headers:
