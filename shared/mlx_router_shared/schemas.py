@@ -11,7 +11,10 @@ import json
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
-__all__ = ["Enforceable", "enforceable_schema"]
+__all__ = ["MOST_SCHEMA_BYTES", "Enforceable", "enforceable_schema"]
+
+MOST_SCHEMA_BYTES: Final = 128 * 2**10
+"""The time that a schema takes to compile grows with the square of its size: this is about half a second."""
 
 _NARROWING: Final = ("uniqueItems", "propertyNames", "minContains", "maxContains", "contentSchema")
 """Keywords that llguidance does not have and that accept fewer of the values of the same shape."""
@@ -22,10 +25,11 @@ _LISTS: Final = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 
 
 class Enforceable(NamedTuple):
-    """A schema, and the paths of the constraints that were taken out of it."""
+    """A schema, the paths of the constraints that were taken out of it, and why the rest cannot be enforced, or ""."""
 
     schema: Any
     dropped: tuple[str, ...]
+    problem: str
 
 
 def enforceable_schema(schema: Any) -> Enforceable:
@@ -33,11 +37,13 @@ def enforceable_schema(schema: Any) -> Enforceable:
     ``RecursionError`` for one that is nested too deeply."""
     dropped: list[str] = []
     cleaned = _cleaned(schema, "", dropped, exclusive=True)
-    if "oneOf" in _problem(cleaned):
+    problem = _problem(cleaned)
+    if "oneOf" in problem:
         # That no other alternative fits as well narrows the value too.
         dropped = []
         cleaned = _cleaned(schema, "", dropped, exclusive=False)
-    return Enforceable(cleaned, tuple(dict.fromkeys(dropped)))
+        problem = _problem(cleaned)
+    return Enforceable(cleaned, tuple(dict.fromkeys(dropped)), problem)
 
 
 def _cleaned(node: Any, at: str, dropped: list[str], *, exclusive: bool) -> Any:

@@ -113,3 +113,24 @@ def test_a_schema_beyond_all_bounds_is_refused_while_others_are_answered(fleet: 
     schema = {"type": "object", "properties": {f"property_{number}": {"type": "string"} for number in range(10_000)}}
     reply = _ask(fleet, "/v1/chat/completions", schema)
     assert (reply.status, "longer than" in reply.json()["error"]["message"]) == (400, True)
+
+
+def _tools(count: int, **more: Any) -> list[dict[str, Any]]:
+    """Tools whose parameters are 12 KB each."""
+    parameters = {"type": "object", "properties": {f"property_{number}": {"type": "string"} for number in range(300)}}
+    return [{"name": f"f{number}", "parameters": parameters, **more} for number in range(count)]
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_the_schemas_of_strict_tools_are_bounded_together(fleet: RouterProcess, path: str) -> None:
+    tools = _tools(200, strict=True)
+    body: dict[str, Any] = {"model": "random", "max_tokens": 20, "messages": [{"role": "user", "content": "go"}]}
+    if path == "/v1/messages":
+        body["tools"] = [{"name": t["name"], "strict": True, "input_schema": t["parameters"]} for t in tools]
+    elif path == "/v1/responses":
+        body = {"model": "random", "input": "go", "tools": [{"type": "function", **tool} for tool in tools]}
+    else:
+        body["tools"] = [{"type": "function", "function": tool} for tool in tools]
+    reply = call(fleet, "POST", path, body)
+    assert reply.status == 400
+    assert b"strict tools are longer than" in reply.body

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER
+from mlx_router_shared.errors import InvalidRequest
 from mlx_router_shared.generation import Tool
 from mlx_router_worker.text.grammar import Grammars
 from mlx_router_worker.text.guide import AllBut, Allowed, Favourite, Guide, Markers, as_mask
@@ -253,3 +254,12 @@ def test_a_mask_is_as_wide_as_the_models_vocabulary() -> None:
         assert mask.shape == (6,)
         assert mask[3] == (not isinstance(allowed, AllBut))
     assert as_mask(None, 6) is None
+
+
+def test_calls_of_tools_with_endless_parameters_are_not_enforced() -> None:
+    """Compiling them would keep all other streams waiting."""
+    properties = {f"property_{number}": {"type": "string"} for number in range(1000)}
+    parameters = json.dumps({"type": "object", "properties": properties})
+    assert call_grammar([Tool(name="one", parameters=parameters)])
+    with pytest.raises(InvalidRequest, match="too much to enforce"):
+        call_grammar([Tool(name=f"tool_{number}", parameters=parameters) for number in range(5)])

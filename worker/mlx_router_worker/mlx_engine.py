@@ -290,6 +290,7 @@ class MlxEngine(MlxBase):
         if request.schema is None and not request.forced_tools and not strict and not limited:
             return None
         text = None
+        strict_calls = call_grammar(request.tools) if strict and may_call else None
         if request.forced_tools:
             text = self._follow(call_grammar([tool for tool in request.tools if tool.name in request.forced_tools]))
         elif request.schema is not None:
@@ -303,7 +304,7 @@ class MlxEngine(MlxBase):
                 end_tokens=sorted(self._tokenizer.eos_token_ids),
                 budget=budget,
                 text=text,
-                call=(lambda: self._follow(call_grammar(request.tools)) if strict else None) if may_call else None,
+                call=(lambda: self._follow(strict_calls) if strict_calls else None) if may_call else None,
                 lead=lead,
                 may_think=thinks and request.thinking is not False,
                 is_thinking=pieces is not None and pieces[0] == "reasoning",

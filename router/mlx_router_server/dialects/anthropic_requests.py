@@ -13,7 +13,7 @@ from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.openai_common import ToolUse
 from mlx_router_server.dialects.options import checked_stops, parse_options
-from mlx_router_server.dialects.schemas import AnswerSchema, answer_schema, check_strict_tool
+from mlx_router_server.dialects.schemas import AnswerSchema, StrictTools, answer_schema
 from mlx_router_server.durations import parse_duration
 from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
 from mlx_router_shared.generation import GenerationRequest, Role, Sampling, Tool
@@ -237,6 +237,7 @@ def _schema(asked: _MessagesBody) -> AnswerSchema | None:
 
 def _tools(items: list[dict[str, Any]], ignored: list[str]) -> list[Tool]:
     tools = []
+    strict_tools = StrictTools()
     for number, item in enumerate(items):
         tool = convert(item, _Tool, f"tools.{number}.")
         if tool.type.startswith(_SERVER_TOOLS) or tool.defer_loading:
@@ -247,7 +248,7 @@ def _tools(items: list[dict[str, Any]], ignored: list[str]) -> list[Tool]:
             raise InvalidRequest(f"tools.{number}.name is required", param=f"tools.{number}.name")
         schema = tool.input_schema or {"type": "object", "properties": {}}
         if tool.strict:
-            ignored += check_strict_tool(schema, f"tools.{number}.input_schema")
+            ignored += strict_tools.check(schema, f"tools.{number}.input_schema")
         tools.append(
             Tool(
                 name=tool.name,

@@ -14,7 +14,7 @@ from mlx_router_server.dialects.go_template import render_prompt
 from mlx_router_server.dialects.images import image_from_base64
 from mlx_router_server.dialects.openai_common import limit_of
 from mlx_router_server.dialects.options import OLLAMA_DEFAULTS, Options, parse_options
-from mlx_router_server.dialects.schemas import ANY_OBJECT, AnswerSchema, answer_schema, check_strict_tool
+from mlx_router_server.dialects.schemas import ANY_OBJECT, AnswerSchema, StrictTools, answer_schema
 from mlx_router_server.durations import parse_duration
 from mlx_router_shared.errors import InvalidRequest
 from mlx_router_shared.generation import EmbeddingRequest, GenerationRequest, Message, Role, Tool, ToolCall
@@ -373,13 +373,14 @@ def read_tools(items: list[dict[str, Any]], ignored: list[str]) -> list[Tool]:
     """Tool definitions in the shape that Ollama and chat completions share. Constraints of strict ones that are not
     enforced are added to ``ignored``."""
     tools = []
+    strict_tools = StrictTools()
     for number, item in enumerate(items):
         tool = convert(item, _Tool, f"tools[{number}].")
         if tool.type != "function":
             raise InvalidRequest(f"tools of type {tool.type!r} are not supported", param=f"tools[{number}].type")
         parameters = tool.function.parameters or {"type": "object", "properties": {}}
         if tool.function.strict:
-            ignored += check_strict_tool(parameters, f"tools[{number}].function.parameters")
+            ignored += strict_tools.check(parameters, f"tools[{number}].function.parameters")
         tools.append(
             Tool(
                 name=tool.function.name,

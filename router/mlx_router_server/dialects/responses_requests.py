@@ -24,7 +24,7 @@ from mlx_router_server.dialects.openai_common import (
 )
 from mlx_router_server.dialects.openai_requests import read_response_format
 from mlx_router_server.dialects.options import parse_options
-from mlx_router_server.dialects.schemas import check_strict_tool
+from mlx_router_server.dialects.schemas import StrictTools
 from mlx_router_server.durations import parse_duration
 from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
 from mlx_router_shared.generation import GenerationRequest, Message, Role, Tool, ToolCall
@@ -341,25 +341,26 @@ def _in_namespace(namespace: str, name: str) -> str:
 def _tools(items: list[dict[str, Any]], ignored: list[str]) -> tuple[list[Tool], dict[str, tuple[str, str]]]:
     tools: list[Tool] = []
     namespaces: dict[str, tuple[str, str]] = {}
+    strict_tools = StrictTools()
     for number, item in enumerate(items):
         kind, at = item.get("type"), f"tools[{number}]"
         if kind == "function":
-            tools.append(_tool(item, at, ignored))
+            tools.append(_tool(item, at, strict_tools, ignored))
         elif kind == "namespace" and isinstance(item.get("tools"), list):
             for member in item["tools"]:
                 if isinstance(member, dict) and member.get("type", "function") == "function":
-                    tool = _tool(member, at, ignored)
+                    tool = _tool(member, at, strict_tools, ignored)
                     known_as = _in_namespace(str(item.get("name", "")), tool.name)
                     namespaces[known_as] = (str(item.get("name", "")), tool.name)
                     tools.append(msgspec.structs.replace(tool, name=known_as))
     return tools, namespaces
 
 
-def _tool(item: dict[str, Any], at: str, ignored: list[str]) -> Tool:
+def _tool(item: dict[str, Any], at: str, strict_tools: StrictTools, ignored: list[str]) -> Tool:
     tool = convert(item, _Tool, f"{at}.")
     parameters = tool.parameters or {"type": "object", "properties": {}}
     if tool.strict:
-        ignored += check_strict_tool(parameters, f"{at}.parameters")
+        ignored += strict_tools.check(parameters, f"{at}.parameters")
     return Tool(
         name=tool.name,
         description=tool.description,

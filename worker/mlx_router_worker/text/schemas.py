@@ -7,8 +7,9 @@ from typing import Any, Final
 
 from llguidance import LLMatcher
 
+from mlx_router_shared.errors import InvalidRequest
 from mlx_router_shared.generation import Tool
-from mlx_router_shared.schemas import enforceable_schema
+from mlx_router_shared.schemas import MOST_SCHEMA_BYTES, enforceable_schema
 
 __all__ = ["answer_grammar", "call_grammar"]
 
@@ -24,8 +25,14 @@ def answer_grammar(schema: str) -> str:
 def call_grammar(tools: list[Tool]) -> str:
     """The grammar of ``{"name": …, "arguments": {…}}`` for one of these tools.
 
-    Of a tool that is not strict, keywords that the grammar library does not know are passed over.
+    Of a tool that is not strict, keywords that the grammar library does not know are passed over. Raises
+    ``InvalidRequest`` for parameters that would take too long to compile.
     """
+    if sum(len(tool.parameters) for tool in tools) > MOST_SCHEMA_BYTES:
+        raise InvalidRequest(
+            f"the parameters of the tools that may be called are longer than {MOST_SCHEMA_BYTES} bytes together, which "
+            "is too much to enforce", param="tools",
+        )  # fmt: skip
     calls = [_call_schema(tool, "" if len(tools) == 1 else f"/anyOf/{number}") for number, tool in enumerate(tools)]
     schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
     lenient = not any(tool.strict for tool in tools)
