@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mlx_router_server.workers.memory import process_bytes
 from tests.support.http import call
 from tests.support.router import RouterProcess
 
@@ -76,6 +77,24 @@ def test_a_query_that_leaves_no_room_is_refused_and_a_document_is_cut(router: Ro
     assert (refused.status, refused.json()["error"]["param"]) == (400, "query")
     cut = call(router, "POST", "/v1/rerank", {**body, "query": "rain", "documents": ["the " * 1000]})
     assert (cut.status, cut.json()["usage"]["prompt_tokens"]) == (200, 128)
+
+
+def test_texts_of_megabytes_are_cut_before_they_are_tokenised(router: RouterProcess) -> None:
+    """A hundred bytes of memory a character would be more than a gigabyte here."""
+    text = "the cat " * 1_500_000
+    short = call(router, "POST", "/api/embed", {"model": "bert-mean", "input": "the cat " * 1000}).json()["embeddings"]
+    reply = call(router, "POST", "/api/embed", {"model": "bert-mean", "input": text})
+    assert reply.json()["embeddings"] == short
+    assert call(router, "POST", "/api/embed", {"model": "bert-mean", "input": text, "truncate": False}).status == 400
+    query = {"model": "bert-reranker", "query": text, "documents": ["a"]}
+    assert call(router, "POST", "/v1/rerank", query).status == 400
+    documents = {"model": "bert-reranker", "query": "cat", "documents": [text, "the cat " * 1000]}
+    first, second = call(router, "POST", "/v1/rerank", documents).json()["results"]
+    assert first["relevance_score"] == second["relevance_score"]
+    messages = [{"role": "user", "content": text}]
+    assert call(router, "POST", "/api/chat", {"model": "seer", "messages": messages, "stream": False}).status == 400
+    for name in ("bert-mean", "bert-reranker", "seer"):
+        assert process_bytes(router.model(name)["pid"]) < 1_000_000_000
 
 
 def test_each_kind_is_told_apart_and_refuses_the_work_of_the_others(router: RouterProcess) -> None:

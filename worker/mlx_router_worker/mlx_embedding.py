@@ -30,6 +30,7 @@ from mlx_router_shared.generation import (
 from mlx_router_shared.protocol import Load, ModelFacts
 from mlx_router_worker.engine import Report
 from mlx_router_worker.mlx_jobs import Job, JobEngine
+from mlx_router_worker.text.lengths import LengthBound
 from mlx_router_worker.text.pooling import Kind, Pooling, finished, read_pooling
 
 __all__ = ["EmbeddingEngine"]
@@ -49,6 +50,7 @@ class EmbeddingEngine(JobEngine[list[int]]):
             self._pooling = read_pooling(Path(load.path), self.default_pooling)
         except ValueError as error:
             raise LoadFailed(str(error)) from None
+        self._bound = LengthBound(self._tokenizer.get_vocab(), self._context_tokens)
         return self._facts()
 
     def warm_up(self) -> None:
@@ -97,7 +99,12 @@ class EmbeddingEngine(JobEngine[list[int]]):
             raise InvalidRequest(
                 f"the input holds a token id outside of this model's vocabulary of {self._vocabulary}", param="input"
             )
-        return [list(tokens) for tokens in request.tokens] + [self._encode(text) for text in request.texts]
+        if not request.truncate and any(map(self._bound.exceeds, request.texts)):
+            raise ContextLengthExceeded(
+                "the input length exceeds the context length", param="input", limit=self._context_tokens
+            )
+        texts = map(self._bound.cut, request.texts)
+        return [list(tokens) for tokens in request.tokens] + [self._encode(text) for text in texts]
 
     def _fitted(self, tokens: list[int], request: EmbeddingRequest) -> list[int]:
         limit = self._context_tokens

@@ -112,7 +112,7 @@ class MlxEngine(MlxBase):
         self._path = Path(load.path)
         self._generation_config = read_generation_config(self._path)
         self._machine = make_text_state_machine(self._tokenizer)
-        self._renderer = PromptRenderer(self._tokenizer, self._context_tokens, self._vocabulary)
+        self._renderer = self._new_renderer()
         self._words = Vocabulary(self._tokenizer)
         self._samplers = Samplers(self._vocabulary)
         mx.random.seed(int.from_bytes(os.urandom(8)))
@@ -129,6 +129,9 @@ class MlxEngine(MlxBase):
             weights_seconds=self._weights_seconds,
             warm_up_seconds=0.0,
         )
+
+    def _new_renderer(self) -> PromptRenderer:
+        return PromptRenderer(self._tokenizer, self._context_tokens, self._vocabulary)
 
     def _check_cache(self, config: dict[str, Any]) -> None:
         if not all(hasattr(cache, "merge") for cache in make_prompt_cache(self._model)):

@@ -35,6 +35,7 @@ from mlx_router_worker.engine import Report
 from mlx_router_worker.mlx_base import refuse_additions
 from mlx_router_worker.mlx_embedding import EmbeddingEngine
 from mlx_router_worker.mlx_jobs import Job, JobEngine
+from mlx_router_worker.text.lengths import LengthBound
 from mlx_router_worker.text.pooling import Kind
 
 __all__ = ["EncoderEngine", "RerankEngine"]
@@ -139,6 +140,7 @@ class RerankEngine(JobEngine[Pair]):
         self._pad = int(config.get("pad_token_id") or 0)
         # Models with one segment would read behind the end of their table for a second one.
         self._segments = int(config.get("type_vocab_size") or 0) > 1
+        self._bound = LengthBound(self._tokenizer.get_vocab(), self._context_tokens)
         return self._facts()
 
     def warm_up(self) -> None:
@@ -148,7 +150,9 @@ class RerankEngine(JobEngine[Pair]):
     def submit(self, request_id: str, request: Request) -> list[Event]:
         if not isinstance(request, RerankRequest):
             raise UnsupportedCapability("this model ranks documents; it generates nothing")
-        pairs = [self._pair(request.query, document) for document in request.documents]
+        if self._bound.exceeds(request.query):
+            raise self._query_too_long()
+        pairs = [self._pair(request.query, self._bound.cut(document)) for document in request.documents]
         if not pairs:
             raise InvalidRequest("there is nothing to rank", param="documents")
         tokens = sum(map(self._length, pairs))
@@ -163,10 +167,13 @@ class RerankEngine(JobEngine[Pair]):
             return list(encoded.ids), list(encoded.type_ids)
         own = self._tokenizer.encode(document, add_special_tokens=False)
         if over >= len(own.ids):
-            raise InvalidRequest(f"the query is longer than the model's {self._context_tokens} tokens", param="query")
+            raise self._query_too_long()
         end = own.offsets[len(own.ids) - over - 1][1]
         shorter = self._tokenizer.encode(query, document[:end])
         return list(shorter.ids)[: self._context_tokens], list(shorter.type_ids)[: self._context_tokens]
+
+    def _query_too_long(self) -> InvalidRequest:
+        return InvalidRequest(f"the query is longer than the model's {self._context_tokens} tokens", param="query")
 
     def _length(self, piece: Pair) -> int:
         return len(piece[0])

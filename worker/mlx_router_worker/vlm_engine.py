@@ -128,6 +128,9 @@ class VisionEngine(MlxEngine):
     def _new_generator(self, parallel: int) -> Any:
         return _Generator(self._model, self._processor, parallel)
 
+    def _new_renderer(self) -> PromptRenderer:
+        return _VisionRenderer(self._tokenizer, self._context_tokens, self._vocabulary, self._markers_in_text())
+
     def _share_step(self) -> None:
         """mlx-vlm reads one prompt at a time here."""
 
@@ -146,9 +149,8 @@ class VisionEngine(MlxEngine):
             raise UnsupportedCapability("this model does not score prompts", param="echo")
         images = [_open(data) for message in request.messages for data in message.images]
         if is_chat(request):
-            text = _VisionRenderer(self._tokenizer, self._context_tokens, self._vocabulary, self._markers_in_text())
-            prompt = text.text(request)
-            inputs = self._inputs(prompt, images)
+            assert isinstance(self._renderer, _VisionRenderer)
+            inputs = self._inputs(self._renderer.text(request), images)
         else:
             tokens, _ = self._renderer.tokens(request)
             inputs = {"input_ids": mx.array([tokens])}
@@ -189,6 +191,8 @@ class _VisionRenderer(PromptRenderer):
         self._markers = markers
 
     def text(self, request: GenerationRequest) -> str:
+        """Return the text of a prompt. Raises ``ContextLengthExceeded`` for one that cannot fit."""
+        self._refuse_hopeless(request, request.messages, self.context_of(request))
         return str(self._chat(request, request.messages, tokenize=False))
 
     def _template_messages(self, messages: list[Message], style: CallStyle) -> list[dict[str, Any]]:
