@@ -236,6 +236,26 @@ def test_a_worker_that_somebody_else_ends_costs_no_request_that_had_no_output(
         assert all(b"error" not in reply.body.replace(b'"error":null', b"") for reply in replies)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_a_request_whose_prompt_was_being_read_is_given_to_the_next_worker(home: Path, path: str, stream: bool) -> None:
+    script = {"text": "one two", "prefill_seconds": 2.0}
+    body = {**body_for(path, model="a", max_tokens=20), "stream": stream}
+    with running_router(home, *fake_config(home, {"a": script})) as router, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(call, router, "POST", path, body)
+        router.wait_state("a", "ready")
+        wait_until(lambda: router.model("a")["streams"] == 1, "the worker has begun with it")
+        os.kill(router.model("a")["pid"], signal.SIGTERM)
+        reply = asked.result(40)
+        assert reply.status == 200, reply.body
+        assert router.model("a")["loads"] == 2
+        assert b"two" in reply.body
+        assert b"unexpectedly" not in reply.body
+        assert router.status()["models"][0]["failures"] == 0
+        (ended,) = [line for line in router.lines if "event=request " in line]
+        assert "outcome=ok" in ended
+
+
 def test_an_idle_worker_that_somebody_else_ends_is_replaced_at_the_next_request(home: Path) -> None:
     with running_router(home, *fake_config(home, {"a": {"tokens": 2}})) as router:
         router.generate("a")

@@ -67,6 +67,8 @@ class FakeScript(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Really allocated and touched, so that it is seen from outside and must come back."""
     tokens_per_second: float = 0.0
     """Of each stream; 0 is as fast as it goes."""
+    prefill_seconds: float = 0.0
+    """Between a request and its first token."""
     tokens: int = 16
     """Length of an answer, unless the request wants fewer."""
     context_tokens: int = 4096
@@ -102,7 +104,7 @@ class _Stream:
     __slots__ = ("call", "due", "made", "pieces", "prompt_tokens", "request_id", "started", "wanted")
 
     def __init__(
-        self, request_id: str, prompt_tokens: int, wanted: int, now: float, pieces: list[Event], call: bool
+        self, request_id: str, prompt_tokens: int, wanted: int, first_at: float, pieces: list[Event], call: bool
     ) -> None:
         self.request_id = request_id
         self.pieces = pieces
@@ -111,8 +113,8 @@ class _Stream:
         self.prompt_tokens = prompt_tokens
         self.wanted = wanted
         self.made = 0
-        self.started = now
-        self.due = now
+        self.started = time.monotonic()
+        self.due = first_at
 
 
 class FakeEngine:
@@ -209,7 +211,8 @@ class FakeEngine:
         length = len(pieces) or self._script.tokens
         wanted = min(length, request.max_tokens or length, limit - prompt_tokens)
         call = any(isinstance(piece, ToolCallDone) for piece in pieces)
-        self._streams[request_id] = _Stream(request_id, prompt_tokens, wanted, time.monotonic(), pieces, call)
+        first_at = time.monotonic() + self._script.prefill_seconds
+        self._streams[request_id] = _Stream(request_id, prompt_tokens, wanted, first_at, pieces, call)
         return [Started(prompt_tokens=prompt_tokens)]
 
     def _pieces(self, request: GenerationRequest) -> list[Event]:

@@ -114,8 +114,10 @@ class Answer:
         self._loaded = self._received
         self._begun = False
         self._unsupported: tuple[str, ...] = ()
-        self._told = False
-        """Whether anything of the answer has been sent to the client."""
+        self._has_output = False
+        """Whether the client has been sent something that came from a worker's computation."""
+        self._started: set[int] = set()
+        """Choices whose ``Started`` a stream has rendered; after another dispatch it comes again."""
         self._heartbeat = Heartbeat()
         self._figures = AnswerFigures()
 
@@ -175,13 +177,13 @@ class Answer:
                     await use(lease)
                 break
             except WorkerLeft:
-                if self._told or dispatch == _MOST_DISPATCHES:
+                if self._has_output or dispatch == _MOST_DISPATCHES:
                     raise
             log.info("event=dispatched_again request=%s model=%r", label, self._name)
 
     def _begin_lease(self, lease: Lease) -> None:
         self._loaded = time.monotonic()
-        self._figures.waited_seconds = lease.waited_seconds
+        self._figures = AnswerFigures(waited_seconds=lease.waited_seconds)
 
     @property
     def _name(self) -> str:
@@ -226,8 +228,14 @@ class Answer:
         async def use(lease: Lease) -> None:
             async with aclosing(self._events(lease)) as batches:
                 async for choice, events in batches:
-                    self._told = True
                     self._note_unsupported(events)
+                    if isinstance(events[0], Started):
+                        if choice in self._started:
+                            events = events[1:]
+                        self._started.add(choice)
+                    if not events:
+                        continue
+                    self._has_output |= any(not isinstance(event, Started) for event in events)
                     moment = self._moment()
                     await self._begin(renderer, moment, send)
                     data = b"".join(renderer.on(event, moment, choice) for event in events)

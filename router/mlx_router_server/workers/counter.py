@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Final
 
-from mlx_router_server.workers.handle import WorkerHandle
+from mlx_router_server.workers.handle import WorkerHandle, WorkerLeft
 from mlx_router_shared.errors import EngineFailed, Overloaded, ShuttingDown
 from mlx_router_shared.generation import Counted, CountRequest, Failure, error_of
 
@@ -47,7 +47,10 @@ class TokenCounter:
         if self._idle is not None:
             self._idle.cancel()
         try:
-            return await self._ask(await self._ready(), request)
+            try:
+                return await self._ask(await self._ready(), request)
+            except WorkerLeft:  # another program stopped it, which has nothing to do with the request
+                return await self._ask(await self._ready(), request)
         finally:
             self._open -= 1
             if not self._open and not self._closed:
