@@ -184,6 +184,35 @@ def test_kept_responses_are_found_by_the_key_that_made_them_only(home: Path) -> 
         assert tries(texts[0]) == [200] * 5
 
 
+def test_a_kept_response_belongs_to_the_key_and_not_to_its_name(home: Path) -> None:
+    text, key = make_key("laptop", [Scope.INFERENCE])
+    write_keys(keys_file(home), [key])
+    with running_router(home) as router:
+        body = {"model": "demo", "input": "Hello!", "max_output_tokens": 16}
+        made = call(router, "POST", "/v1/responses", body, x_api_key=text).json()["id"]
+        assert call(router, "GET", f"/v1/responses/{made}", x_api_key=text).status == 200
+        another, key = make_key("laptop", [Scope.INFERENCE])
+        write_keys(keys_file(home), [key])
+        wait_until(lambda: call(router, "GET", "/v1/models", x_api_key=another).status == 200, "it counts")
+        assert call(router, "GET", f"/v1/responses/{made}", x_api_key=another).status == 404
+
+
+@pytest.mark.parametrize("model", ["gpt-4o", "", "demo:latest"])
+def test_a_kept_response_is_found_under_whatever_name_the_model_was_asked(home: Path, model: str) -> None:
+    text, key = make_key("one", [Scope.INFERENCE], ("demo",))
+    write_keys(keys_file(home), [key])
+    (home / "config.toml").write_text('default_model = "demo"\n[name_map]\n"gpt-*" = "demo"\n')
+    with running_router(home) as router:
+        body = {"model": model, "input": "Hello!", "max_output_tokens": 16}
+        reply = call(router, "POST", "/v1/responses", body, x_api_key=text)
+        assert reply.status == 200, reply.body
+        path = f"/v1/responses/{reply.json()['id']}"
+        goes_on = {**body, "previous_response_id": reply.json()["id"]}
+        assert call(router, "POST", "/v1/responses", goes_on, x_api_key=text).status == 200
+        assert call(router, "GET", path, x_api_key=text).status == 200
+        assert call(router, "DELETE", path, x_api_key=text).status == 200
+
+
 @pytest.mark.req("R31")
 def test_keys_come_and_go_while_the_router_runs(home: Path) -> None:
     with running_router(home) as router:

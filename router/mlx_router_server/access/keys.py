@@ -66,6 +66,8 @@ class Caller:
     """Who a request comes from, and what it may do."""
 
     name: str = ""
+    digest: str = ""
+    """Of the key; empty where no keys are asked for."""
     scopes: frozenset[Scope] = frozenset(Scope)
     models: tuple[str, ...] = ()
     """Patterns of model names, with ``*``; none means all."""
@@ -97,7 +99,7 @@ class Key:
 
     @property
     def caller(self) -> Caller:
-        return Caller(name=self.name, scopes=self.scopes, models=self.models)
+        return Caller(name=self.name, digest=self.digest, scopes=self.scopes, models=self.models)
 
 
 def make_key(name: str, scopes: Iterable[Scope], models: tuple[str, ...] = ()) -> tuple[str, Key]:

@@ -22,7 +22,9 @@ class Stored:
     """A response as it was sent, and the conversation up to its end, without instructions."""
 
     owner: str
-    """The name of the key that made it; empty where no keys are asked for."""
+    """The digest of the key that made it; empty where no keys are asked for."""
+    model_names: tuple[str, ...]
+    """All names of the model that made it."""
     response: dict[str, Any]
     messages: list[Message]
     input_items: list[dict[str, Any]]
@@ -43,7 +45,7 @@ class ResponseStore:
 
     def put(
         self, response: dict[str, Any], messages: list[Message], input_items: list[dict[str, Any]], *,
-        most: int, seconds: float, owner: str = "",
+        most: int, seconds: float, owner: str = "", model_names: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         """Keep a response for so long, and at most so many of them; one that is too large alone is not kept."""
         if most <= 0:
@@ -53,7 +55,9 @@ class ResponseStore:
         if size > _MOST_BYTES:
             return
         self._forget_old(most - 1, _MOST_BYTES - size)
-        self._stored[response["id"]] = Stored(owner, response, messages, input_items, self._now() + seconds, size)
+        self._stored[response["id"]] = Stored(
+            owner, model_names, response, messages, input_items, self._now() + seconds, size
+        )
         self._bytes += size
 
     def get(self, response_id: str, owner: str = "") -> Stored | None:

@@ -15,7 +15,6 @@ from mlx_router_server.api.body import parse_body
 from mlx_router_server.api.count import count_tokens
 from mlx_router_server.api.response_store import Stored
 from mlx_router_server.api.server import caller_of, server_of
-from mlx_router_server.catalogue.names import parse_name
 from mlx_router_server.dialects.call import Moment, StreamRenderer, Transcript
 from mlx_router_server.dialects.responses_answers import ResponsesStream, render_answer, turn_of
 from mlx_router_server.dialects.responses_requests import ResponsesCall, parse_responses
@@ -34,7 +33,7 @@ def _json(data: Any) -> Response:
 
 
 async def create(request: Request) -> Answer:
-    server = server_of(request)
+    server, caller = server_of(request), caller_of(request)
     asked = await parse_body(request, parse_responses)
     history = _history(request, asked)
     answer_id = _new_id("resp_")
@@ -55,7 +54,8 @@ async def create(request: Request) -> Answer:
             [{"id": _new_id("msg_"), **item} for item in asked.items],
             most=server.settings.responses_kept,
             seconds=server.settings.responses_keep_seconds,
-            owner=caller_of(request).name,
+            owner=caller.digest,
+            model_names=server.names_of(asked.call.model, caller),
         )
 
     style = AnswerStyle(
@@ -81,12 +81,8 @@ def _history(request: Request, asked: ResponsesCall) -> list[Message]:
 def _find(request: Request, response_id: str) -> Stored | None:
     """A response that this caller made, of a model that it may still use."""
     server, caller = server_of(request), caller_of(request)
-    stored = server.responses.get(response_id, caller.name)
-    if stored is None:
-        return None
-    model = str(stored.response["model"])
-    entry = server.catalogue.find(parse_name(model))
-    return stored if caller.may_use(entry.names if entry is not None else (model,)) else None
+    stored = server.responses.get(response_id, caller.digest)
+    return stored if stored is not None and caller.may_use(stored.model_names) else None
 
 
 def _stored(request: Request) -> Stored:
@@ -104,7 +100,7 @@ async def retrieve(request: Request) -> Response:
 async def delete(request: Request) -> Response:
     response_id = request.path_params["response_id"]
     _stored(request)
-    server_of(request).responses.delete(response_id, caller_of(request).name)
+    server_of(request).responses.delete(response_id, caller_of(request).digest)
     return _json({"id": response_id, "object": "response.deleted", "deleted": True})
 
 

@@ -93,6 +93,13 @@ class Server:
             raise ModelNotFound(f"model '{name}' not found: it is not loaded and on_demand is off", param="model")
         return entry
 
+    def names_of(self, name: str, caller: Caller) -> tuple[str, ...]:
+        """All names of the model that a request for ``name`` gets; the name alone when there is none now."""
+        try:
+            return self._resolve(name, caller).names
+        except MlxRouterError:
+            return (name,)
+
     def _resolve(self, name: str, caller: Caller) -> ModelEntry:
         try:
             return self.catalogue.resolve(name, lambda entry: caller.may_use(entry.names))
