@@ -286,7 +286,7 @@ def test_a_run_directory_that_was_removed_is_made_again(home: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("standby", [0, 1])
 def test_a_worker_that_is_stopped_before_it_is_ready_costs_no_long_wait(home: Path, standby: int) -> None:
-    """SIGSTOP, a debugger, or a driver that hangs: nothing is heard of it, and it uses no processor."""
+    """SIGSTOP or a debugger: the process sends nothing and uses no processor."""
     with running_router(home, "--standby-workers", str(standby)) as router, ThreadPoolExecutor(1) as pool:
         if standby:
             (pid,) = wait_until(lambda: router.status()["router"]["standby_pids"], "a standby worker")
@@ -302,6 +302,6 @@ def test_a_worker_that_is_stopped_before_it_is_ready_costs_no_long_wait(home: Pa
             lambda: [child for child in router.children() if child.cmdline() not in ([], own)], "its program runs"
         )
         os.kill(child.pid, signal.SIGSTOP)
-        with pytest.raises(ApiError, match="did not say hello, and has not got on for 20 s"):
+        with pytest.raises(ApiError, match="did not say hello, and made no progress for 20 s"):
             asked.result(45)
         wait_until(lambda: not child.is_running(), "it is ended", 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ import pytest
 
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER
 from mlx_router_server.jobs.process import run_job
+from mlx_router_server.management.storage import storage_faults
+from mlx_router_shared.errors import InsufficientStorage
 from mlx_router_shared.jobs import JobEvent, JobFailed, QuantizeJob
 from tests.support.http import Reply, call
 from tests.support.hub import Hub, running_hub
@@ -439,11 +442,11 @@ def test_a_store_that_cannot_be_written_is_told_and_nothing_is_lost(home: Path) 
         before = resource.prlimit(router.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         copied = _post(router, "/api/copy", source="demo", destination="new")
         assert copied.status == 507
-        assert copied.json()["error"].startswith("the server cannot keep this: file too large")
+        assert copied.json()["error"].startswith("the server cannot write to its storage: file too large")
         assert str(home) not in copied.body.decode()
         *begin, last = _post(router, "/api/create", model="new", **{"from": "demo"}).lines()
         assert begin
-        assert last["error"].startswith("the server cannot keep this: ")
+        assert last["error"].startswith("the server cannot write to its storage: ")
         data = b"x" * 10
         upload = call(router, "POST", f"/api/blobs/sha256:{hashlib.sha256(data).hexdigest()}", data)
         assert upload.status == 507
@@ -461,7 +464,7 @@ def test_a_store_that_cannot_be_written_is_told_and_nothing_is_lost(home: Path) 
         ):
             reply = _post(router, path, **body)
             assert reply.status == 507, (path, reply.body)
-            assert reply.json()["error"].startswith("the server cannot keep this: "), path
+            assert reply.json()["error"].startswith("the server cannot write to its storage: "), path
             assert str(home) not in reply.body.decode()
 
 
@@ -497,3 +500,19 @@ def test_a_job_that_tells_nothing_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_
     (last,) = asyncio.run(run())
     assert isinstance(last, JobFailed)
     assert last.message == "the job has reported nothing for 0.05 s and was ended"
+
+
+@pytest.mark.parametrize(
+    ("error", "becomes"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), InsufficientStorage),
+        (PermissionError(errno.EACCES, "Permission denied"), InsufficientStorage),
+        (OSError(errno.EMFILE, "Too many open files"), OSError),
+        (TimeoutError(), TimeoutError),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), ConnectionResetError),
+    ],
+)
+def test_only_faults_of_the_disk_are_faults_of_the_storage(error: OSError, becomes: type[Exception]) -> None:
+    with pytest.raises(becomes) as caught, storage_faults():
+        raise error
+    assert type(caught.value) is becomes

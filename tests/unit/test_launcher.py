@@ -57,3 +57,18 @@ def test_a_traceback_is_one_record(text: str, records: list[str], caplog: pytest
     assert len(said) == len(records)
     for have, want in zip(said, records, strict=True):
         assert have.startswith(want)
+
+
+def test_a_traceback_without_an_end_takes_no_more_memory_than_its_last_lines() -> None:
+    async def relay() -> int:
+        process: Any = _Process("")
+        process.stderr = asyncio.StreamReader()
+        worker = WorkerProcess("w-1", process)
+        process.stderr.feed_data(("Traceback (most recent call last):\n" + "  and so on\n" * 5000).encode())
+        await asyncio.sleep(0)  # the reader takes all that is there in one go
+        kept = len(worker._traceback)
+        process.stderr.feed_eof()
+        await worker.wait()
+        return kept
+
+    assert asyncio.run(relay()) == 60

@@ -68,7 +68,7 @@ class StopReport:
 
 
 class WorkerLeft(WorkerDied):
-    """The worker has left, or never got the request, and not because of it: another one may be asked the same."""
+    """The worker exited, or never got the request, for reasons that have nothing to do with it: try another worker."""
 
 
 class _Inbox:
@@ -174,7 +174,7 @@ class WorkerHandle:
     # ----------------------------------------------------------------- handshake and load
 
     async def wait_hello(self, limit_seconds: float) -> Hello:
-        """Wait until it could load. Raises ``WorkerDied`` or, at the limit or if it does not get on, ``LoadFailed``."""
+        """Wait for the worker's Hello. Raises ``WorkerDied``, or ``LoadFailed`` at the limit or without progress."""
         await self._wait_until(lambda: self.hello is not None, limit_seconds, "did not say hello")
         assert self.hello is not None
         return self.hello
@@ -204,7 +204,7 @@ class WorkerHandle:
             if time.monotonic() >= end:
                 raise LoadFailed(f"its worker process {what} within {limit_seconds:g} s")
             if liveness.still_seconds() > _STILL_SECONDS:
-                raise LoadFailed(f"its worker process {what}, and has not got on for {_STILL_SECONDS:g} s")
+                raise LoadFailed(f"its worker process {what}, and made no progress for {_STILL_SECONDS:g} s")
             self._changed.clear()
             await _until(self._changed, min(end, time.monotonic() + _LOOK_SECONDS))
             if self._changed.is_set():

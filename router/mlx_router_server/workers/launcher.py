@@ -76,7 +76,7 @@ class WorkerProcess:
         self.label = worker_id
         """What its lines in the log are marked with; the model's name once it has one."""
         self._process = process
-        self._traceback: list[str] = []
+        self._traceback: deque[str] = deque(maxlen=_TRACEBACK_LINES)
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._relay = asyncio.create_task(self._relay_stderr(), name=f"stderr-{worker_id}")
 
@@ -126,7 +126,7 @@ class WorkerProcess:
         """A line each, but for tracebacks, which are one record."""
         if text.startswith(_TRACEBACK):
             self._log_traceback()
-            self._traceback = [text]
+            self._traceback.append(text)
         elif self._traceback:
             self._traceback.append(text)
             if not text.startswith(" ") and text:  # the exception itself ends it
@@ -135,9 +135,9 @@ class WorkerProcess:
             log.info("event=worker_output worker=%s text=%r", self.label, text)
 
     def _log_traceback(self) -> None:
-        lines, self._traceback = self._traceback, []
-        if lines:
-            log.warning("event=worker_traceback worker=%s text=%r", self.label, "\n".join(lines[-_TRACEBACK_LINES:]))
+        if self._traceback:
+            log.warning("event=worker_traceback worker=%s text=%r", self.label, "\n".join(self._traceback))
+            self._traceback.clear()
 
     async def _relay_stderr(self) -> None:
         stream = self._process.stderr

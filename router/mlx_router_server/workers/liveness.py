@@ -1,4 +1,4 @@
-"""Whether a process that has yet to say anything gets on."""
+"""Detect a process that makes no progress before it reports anything."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ _WORKING: Final = (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
 
 
 class Liveness:
-    """A process gets on while it uses the processor, waits for a disk, or is heard of. One that does none of these was
-    stopped, or waits for something that does not come."""
+    """A process makes progress while it uses CPU time, waits for a disk or sends messages."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -22,11 +21,11 @@ class Liveness:
         self._moved_at = time.monotonic()
 
     def note(self) -> None:
-        """It was heard of."""
+        """Record that the process has sent a message."""
         self._moved_at = time.monotonic()
 
     def still_seconds(self) -> float:
-        """For how long it has not got on."""
+        """Return the seconds since its last progress."""
         try:
             process = psutil.Process(self._pid)
             times = process.cpu_times()
