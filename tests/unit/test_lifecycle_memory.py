@@ -27,6 +27,7 @@ from mlx_router_server.lifecycle.events import (
 )
 from mlx_router_server.lifecycle.keepalive import KeepAlive
 from mlx_router_server.lifecycle.memory import MemoryReading, Pressure, share_of
+from mlx_router_server.lifecycle.queueing import BusyPolicy
 from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.lifecycle.states import Cause, State
 from mlx_router_shared.errors import LoadFailed, WorkerDied
@@ -334,3 +335,21 @@ def test_the_forecast_says_what_a_request_would_do() -> None:
     bench.request("t3", "c")
     assert forecast(_spec("a"), bench.now).action == "wait"
     assert forecast(_spec("d", 10), bench.now).wait_for == ("c",), "which is ahead of it"
+
+
+def test_the_forecast_knows_that_a_queued_model_waits_for_memory() -> None:
+    bench = Bench(busy_policy=BusyPolicy.FAIL)
+    bench.tell(_reading(Pressure.CRITICAL, available=0))
+    bench.tell(LoadWanted(spec=_spec("b"), reason="preloaded"))
+    found = bench.lifecycle.forecast(_spec("b"), bench.now)
+    assert (found.action, found.reason) == ("refuse", "the machine is short of memory")
+    assert refusals(bench.request("t1", "b"))
+
+
+def test_the_forecast_knows_that_room_is_made_already() -> None:
+    bench = Bench(busy_policy=BusyPolicy.FAIL, max_loaded_models=1)
+    bench.load("t1", "a")
+    bench.tell(LeaseReturned(ticket="t1"))
+    bench.request("t2", "b")
+    assert bench.lifecycle.forecast(_spec("b"), bench.now).action == "wait", "a leaves for it"
+    assert not refusals(bench.request("t3", "b"))

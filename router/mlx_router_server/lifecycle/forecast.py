@@ -11,13 +11,13 @@ from mlx_router_server.lifecycle.books import Books
 from mlx_router_server.lifecycle.memory import Pressure
 from mlx_router_server.lifecycle.queueing import BusyPolicy
 from mlx_router_server.lifecycle.record import ModelRecord
-from mlx_router_server.lifecycle.room import admission_verdict
+from mlx_router_server.lifecycle.room import admission_verdict, short_of_memory
 from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.lifecycle.states import State
 from mlx_router_server.lifecycle.views import LoadForecast
 from mlx_router_shared.errors import BackingOff, MemoryPressure, MlxRouterError, Overloaded
 
-__all__ = ["expected_wait", "forecast_load", "retry_after", "serves_at_once", "why_refused"]
+__all__ = ["expected_wait", "forecast_load", "retry_after", "room_is_made", "serves_at_once", "why_refused"]
 
 FALLBACK_SECONDS: Final = 30
 _TELLING_FRACTION: Final = 0.05  # before that the rest of a load cannot be told from its beginning
@@ -79,6 +79,11 @@ def why_refused(books: Books, record: ModelRecord, now: float) -> MlxRouterError
     return None
 
 
+def room_is_made(books: Books, model: str, in_the_way: tuple[str, ...]) -> bool:
+    """Whether all that is in the way of a model is being evicted for it, which the policy ``fail`` waits for."""
+    return bool(in_the_way) and all(books.records[name].evicted_for == model for name in in_the_way)
+
+
 def forecast_load(books: Books, spec: ModelSpec, now: float) -> LoadForecast:
     """What a request for this model would cause at this moment."""
     record = books.records.get(spec.name)
@@ -109,9 +114,11 @@ def forecast_load(books: Books, spec: ModelSpec, now: float) -> LoadForecast:
             return say("refuse", "it is leaving, and busy_policy is fail")
         reason = record.reason if record.state is not State.READY else "its files have changed"
         return say("wait", f"it is leaving: {reason}", wait_for=(spec.name,))
-    ahead = [other for other in books.in_state(State.QUEUED) if other is not record and other.queue]
+    ahead = [other for other in books.in_state(State.QUEUED) if other.spec.name != spec.name and other.queue]
     verdict = admission_verdict(books, record, now, sum(other.spec.estimate_bytes for other in ahead), len(ahead))
-    if isinstance(verdict, Wait) and fails_when_busy:
+    if isinstance(verdict, Admit) and (shortage := short_of_memory(books, record)):
+        return say("refuse" if fails_when_busy else "wait", shortage)
+    if isinstance(verdict, Wait) and fails_when_busy and not room_is_made(books, spec.name, verdict.models):
         return say("refuse", "others are in the way, and busy_policy is fail")
     match verdict:
         case Admit():

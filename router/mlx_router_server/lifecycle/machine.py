@@ -36,7 +36,7 @@ from mlx_router_server.lifecycle.events import (
     WorkerReclaimed,
     WorkerStarted,
 )
-from mlx_router_server.lifecycle.forecast import expected_wait, forecast_load, retry_after, why_refused
+from mlx_router_server.lifecycle.forecast import expected_wait, forecast_load, retry_after, room_is_made, why_refused
 from mlx_router_server.lifecycle.limits import Limits
 from mlx_router_server.lifecycle.memory import MemoryReading, Pressure
 from mlx_router_server.lifecycle.queueing import BusyPolicy, Waiter
@@ -235,11 +235,7 @@ class Lifecycle:
         record = books.by_ticket.get(ticket)
         if books.limits.busy_policy is not BusyPolicy.FAIL or record is None or ticket in record.leases:
             return
-        leaving_for_it = (
-            record.state is State.QUEUED
-            and record.waiting_for
-            and all(books.records[name].evicted_for == record.spec.name for name in record.waiting_for)
-        )
+        leaving_for_it = record.state is State.QUEUED and room_is_made(books, record.spec.name, record.waiting_for)
         if record.loading or leaving_for_it:
             return
         error = Busy(f"model '{record.spec.name}' cannot begin now: {record.reason or 'others are being served'}",

@@ -24,7 +24,7 @@ from mlx_router_server.lifecycle.record import ModelRecord
 from mlx_router_server.lifecycle.states import Cause, State
 from mlx_router_shared.errors import MemoryPinned, MlxRouterError, ModelTooLarge
 
-__all__ = ["admission_verdict", "admit_queued", "give_up", "keep_what_nobody_needs_gone"]
+__all__ = ["admission_verdict", "admit_queued", "give_up", "keep_what_nobody_needs_gone", "short_of_memory"]
 
 
 def admit_queued(books: Books, now: float) -> None:
@@ -33,8 +33,8 @@ def admit_queued(books: Books, now: float) -> None:
     for record in _in_order(books, now):
         record.look_again_at = math.inf
         verdict = admission_verdict(books, record, now, promised_bytes, promised_count)
-        short_of_memory = _why_memory_does_not_allow(books, record) if isinstance(verdict, Admit) else ""
-        if short_of_memory:
+        shortage = short_of_memory(books, record) if isinstance(verdict, Admit) else ""
+        if shortage:
             verdict = Wait()
         match verdict:
             case Admit():
@@ -59,7 +59,7 @@ def admit_queued(books: Books, now: float) -> None:
                     _evict(books, books.records[name], record, now)
             case Wait():
                 record.look_again_at = verdict.until
-                _note_wait(books, record, verdict.models, short_of_memory or "in the way")
+                _note_wait(books, record, verdict.models, shortage or "in the way")
             case _:
                 assert_never(verdict)
         promised_bytes += record.spec.estimate_bytes
@@ -102,8 +102,8 @@ def admission_verdict(
     )
 
 
-def _why_memory_does_not_allow(books: Books, record: ModelRecord) -> str:
-    """The machine's own memory, beside the books: tight, or not there for another try after a failure."""
+def short_of_memory(books: Books, record: ModelRecord) -> str:
+    """Return why the machine's own memory, beside the books, keeps a model from being loaded; "" if it does not."""
     if books.memory is None:
         return ""
     if books.pressure is Pressure.CRITICAL:
