@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlx_router_server.catalogue.architectures import has_vlm
-from mlx_router_server.catalogue.entry import install_command
+from mlx_router_server.catalogue.extras import install_command
 from tests.support.http import call
 from tests.support.router import running_router
 from tests.tiny_models.encoders import make_encoder, make_reranker

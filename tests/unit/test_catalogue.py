@@ -14,7 +14,8 @@ from mlx_router_server.catalogue.aliases import SHIPPED
 from mlx_router_server.catalogue.architectures import has_vlm, servable_architectures
 from mlx_router_server.catalogue.catalogue import DEMO_FOLDER, Catalogue, Registered, Sources
 from mlx_router_server.catalogue.discovery import discover_hub, hub_cache
-from mlx_router_server.catalogue.entry import Capability, install_command
+from mlx_router_server.catalogue.entry import Capability
+from mlx_router_server.catalogue.extras import install_command
 from mlx_router_server.catalogue.index import IndexBuilder
 from mlx_router_server.catalogue.inspect import NotServable, inspect_folder
 from mlx_router_server.catalogue.kinds import Kind

@@ -17,7 +17,8 @@ from mlx_router_server.access.keys import Caller, KeyRing
 from mlx_router_server.api.listing import Listing
 from mlx_router_server.api.response_store import ResponseStore
 from mlx_router_server.catalogue.catalogue import Catalogue, Sources
-from mlx_router_server.catalogue.entry import Capability, Estimate, ModelEntry, install_command
+from mlx_router_server.catalogue.entry import Capability, Estimate, ModelEntry
+from mlx_router_server.catalogue.extras import install_command
 from mlx_router_server.catalogue.names import parse_name
 from mlx_router_server.dialects.call import Need, Needs
 from mlx_router_server.lifecycle.keepalive import KeepAlive

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import dataclass, field
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, requires
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 from mlx_router_server.catalogue.cache_size import CacheSize
+from mlx_router_server.catalogue.extras import install_command
 from mlx_router_server.catalogue.kinds import Kind
 from mlx_router_server.catalogue.names import ModelName
 from mlx_router_server.catalogue.overlay import NOTHING, Overlay
 
-__all__ = ["Capability", "Estimate", "ModelEntry", "ModelFiles", "install_command"]
+__all__ = ["Capability", "Estimate", "ModelEntry", "ModelFiles"]
 
 # A process with mlx-lm imported and a tokenizer loaded, measured: 75 MB and some.
 _PROCESS_BYTES: Final = 120 * 2**20
 # The cache grows as it is used; a reservation for the whole context of a 128k model would keep everything else out.
-_DISTRIBUTION: Final = "mlx-router-server"
 _RESERVED_CONTEXT: Final = 8192
 
 
@@ -85,24 +81,6 @@ class ModelFiles:
         if self.extra and self.engine in ("encode", "rerank"):
             return f"this model needs an extra that is not installed: {install_command(self.extra)}"
         return ""
-
-
-def install_command(extra: str) -> str:
-    """Return the command that brings an extra's packages into this very installation: the package index need not know
-    this program, and a bare ``pip`` may belong to another environment."""
-    try:
-        wanted = requires(_DISTRIBUTION) or []
-    except PackageNotFoundError:
-        wanted = []
-    marks = (f"extra == '{extra}'", f'extra == "{extra}"')
-    packages = [line.partition(";")[0].strip() for line in wanted if any(mark in line for mark in marks)]
-    names = " ".join(shlex.quote(package) for package in packages or [f"{_DISTRIBUTION}[{extra}]"])
-    prefix = Path(sys.prefix)
-    if "pipx" in prefix.parts:
-        return f"pipx inject {prefix.name} {names}"
-    if find_spec("pip") is None:
-        return f"uv pip install --python {shlex.quote(sys.executable)} {names}"
-    return f"{shlex.quote(sys.executable)} -m pip install {names}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

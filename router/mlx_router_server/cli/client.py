@@ -18,7 +18,7 @@ from mlx_router_server.settings import Settings
 from mlx_router_server.settings_layers import home_folder
 from mlx_router_server.telemetry.logs import one_line
 
-__all__ = ["ApiError", "Client", "NoRouter", "connect"]
+__all__ = ["ApiError", "Client", "NoRouter", "OtherProgram", "connect"]
 
 _CONNECT_SECONDS = 5.0
 
@@ -44,7 +44,11 @@ def _local_key(url: str, environment: Mapping[str, str]) -> str:
 
 
 class NoRouter(Exception):
-    """Nobody answers at the address."""
+    """No router answers at the address."""
+
+
+class OtherProgram(NoRouter):
+    """Another program answers at the address."""
 
 
 class ApiError(Exception):
@@ -195,7 +199,7 @@ class Client:
         try:
             return json.loads(data) if data else None
         except ValueError:
-            raise NoRouter(self._who_answers()) from None
+            raise OtherProgram(self._who_answers()) from None
 
     def _send(
         self, method: str, path: str, body: Any, size: int | None = None
@@ -249,7 +253,7 @@ class Client:
 
     def _api_error(self, response: http.client.HTTPResponse, data: bytes) -> ApiError | NoRouter:
         if response.status in (404, 405) and "x-request-id" not in response.headers:
-            return NoRouter(self._who_answers())
+            return OtherProgram(self._who_answers())
         try:
             message = json.loads(data)["error"]
         except (ValueError, KeyError, TypeError):

@@ -29,7 +29,7 @@ import psutil
 
 from mlx_router_server.access.keys import keys_file
 from mlx_router_server.catalogue.discovery import hub_cache
-from mlx_router_server.catalogue.entry import install_command
+from mlx_router_server.catalogue.extras import install_command
 from mlx_router_server.cli.client import ApiError, Client, NoRouter
 from mlx_router_server.cli.tables import human_size, print_json
 from mlx_router_server.settings import Settings

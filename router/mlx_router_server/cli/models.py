@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from mlx_router_server.catalogue.aliases import SHIPPED
-from mlx_router_server.cli.client import ApiError, Client, NoRouter, connect
+from mlx_router_server.cli.client import ApiError, Client, NoRouter, OtherProgram, connect
 from mlx_router_server.cli.gone import footprint_of
 from mlx_router_server.cli.tables import ago, human_size, print_json, print_table, until
 from mlx_router_server.settings import Settings
@@ -267,8 +267,10 @@ def version(options: argparse.Namespace, settings: Settings) -> int:
         router = connect(settings).get("/health").get("version")
     except (ApiError, AttributeError):
         router = None
-    except NoRouter as error:
-        router, other = None, str(error) if ", not mlx-router" in str(error) else ""
+    except OtherProgram as error:
+        router, other = None, str(error)
+    except NoRouter:
+        router = None
     if options.json:
         return print_json({"client": __version__, "router": router})
     print(f"mlx-router {__version__}")

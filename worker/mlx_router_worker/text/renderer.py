@@ -16,7 +16,7 @@ from mlx_router_shared.generation import GenerationRequest, Message, Role
 from mlx_router_shared.infill import infill_format
 from mlx_router_worker.text.conversation import conversation_forms
 from mlx_router_worker.text.prompt import droppable, template_messages, template_tools, tools_as_text, without
-from mlx_router_worker.text.template_traits import CallStyle, TemplateTraits, probe_template, with_functions
+from mlx_router_worker.text.template_traits import CallStyle, TemplateTraits, probe_template, show_functions
 from mlx_router_worker.text.token_bytes import is_token
 
 __all__ = ["PromptRenderer", "is_chat"]
@@ -232,8 +232,5 @@ class PromptRenderer:
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], arguments: dict[str, Any]
     ) -> Any:
         more: dict[str, Any] = {"tools": tools if tools or self.traits.empty_tools else None}
-        if self.traits.functions == "argument":
-            more |= {"functions": json.dumps(tools), "datetime": ""}
-        elif self.traits.functions == "role":
-            messages = with_functions(messages, json.dumps(tools))
-        return self._tokenizer.apply_chat_template(messages, **arguments, **more)
+        messages, functions = show_functions(self.traits.functions, messages, tools)
+        return self._tokenizer.apply_chat_template(messages, **arguments, **more, **functions)

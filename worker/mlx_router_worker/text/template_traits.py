@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["CallStyle", "Render", "TemplateTraits", "probe_template", "with_functions"]
+__all__ = ["CallStyle", "Render", "TemplateTraits", "probe_template", "show_functions"]
 
 Render = Callable[..., str]
 """Messages in OpenAI's shape, and arguments by name, to the text of the prompt; raises whatever the template raises."""
@@ -190,20 +190,27 @@ class _Probe:
             messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
         if self._empty_tools:
             arguments.setdefault("tools", [])
-        if self._functions == "argument":
-            arguments |= {"functions": json.dumps(arguments.get("tools") or []), "datetime": ""}
-        elif self._functions == "role":
-            messages = with_functions(messages, json.dumps(arguments.get("tools") or []))
+        messages, more = show_functions(self._functions, messages, arguments.get("tools") or [])
         try:
-            return self._render(messages, **arguments)
+            return self._render(messages, **arguments, **more)
         except Exception:  # templates raise whatever their authors chose
             return None
 
 
-def with_functions(messages: list[dict[str, Any]], functions: str) -> list[dict[str, Any]]:
-    """The messages with a turn of the role ``functions``, behind a leading system turn."""
-    start = 1 if messages and messages[0]["role"] == "system" else 0
-    return [*messages[:start], {"role": "functions", "content": functions}, *messages[start:]]
+def show_functions(
+    how: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return the messages and further template arguments, for a template that is shown its tools as ``functions``.
+
+    ``how`` is ``TemplateTraits.functions``; a turn of that role goes behind a leading system turn.
+    """
+    if how == "argument":
+        return messages, {"functions": json.dumps(tools), "datetime": ""}
+    if how == "role":
+        start = 1 if messages and messages[0]["role"] == "system" else 0
+        turn = {"role": "functions", "content": json.dumps(tools)}
+        return [*messages[:start], turn, *messages[start:]], {}
+    return messages, {}
 
 
 def _id(style: CallStyle, number: int) -> str:
