@@ -37,7 +37,8 @@ _SLASHES: Final = re.compile("//+")
 _NAMED: Final = ("/admin/models/", "/v1/models/", "/v1/responses/", "/api/blobs/")
 """Paths that end with a name."""
 _LOCAL_NAMES: Final = (".localhost", ".local", ".internal")
-"""Ends of names that no public name server answers for, and that hence cannot be rebound; as Ollama has them."""
+"""Suffixes that public DNS does not resolve, accepted as Ollama does. Another host of the same network can still
+answer for them."""
 _STAINLESS: Final = [
     "arch",
     "async",

@@ -57,12 +57,13 @@ class _UnchunkedCycle(RequestResponseCycle):
             if not self._has_length:
                 self.chunked_encoding = False
         elif not self._has_length:
-            self.expected_content_length = len(message.get("body", b""))  # however long it is, it is right
+            self.expected_content_length = len(message.get("body", b""))  # no length was declared
         await super().send(message)
 
 
 class _AnsweredTransport:
-    """What an answer writes to. Closing it lets the client send the rest of its request, and read the answer."""
+    """The transport as a response sees it: ``close`` lets the rest of the request in first, so that the client can read
+    the response."""
 
     def __init__(self, transport: asyncio.Transport, linger: Callable[[], None]) -> None:
         self._transport = transport
@@ -113,7 +114,7 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
             super().pause_writing()
             seconds = limits().reading_seconds
             if seconds and self._unread is None:
-                self._unread = self.loop.call_later(seconds, self._look_whether_it_reads, self._left())
+                self._unread = self.loop.call_later(seconds, self._check_still_reading, self._left())
 
         def resume_writing(self) -> None:
             self._read_again()
@@ -233,14 +234,14 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
             self.transport.write_eof()
             self.flow.resume_reading()
             self._linger_until = self.loop.time() + _LINGER_SECONDS
-            self._lingering = self.loop.call_later(_LINGER_SILENCE_SECONDS, self._look_whether_it_sends)
+            self._lingering = self.loop.call_later(_LINGER_SILENCE_SECONDS, self._check_still_sending)
 
-        def _look_whether_it_sends(self) -> None:
+        def _check_still_sending(self) -> None:
             if not self._discarded or self.loop.time() > self._linger_until:
                 self.transport.abort()
                 return
             self._discarded = False
-            self._lingering = self.loop.call_later(_LINGER_SILENCE_SECONDS, self._look_whether_it_sends)
+            self._lingering = self.loop.call_later(_LINGER_SILENCE_SECONDS, self._check_still_sending)
 
         def _expect_headers(self) -> None:
             seconds = limits().seconds
@@ -266,12 +267,12 @@ def guarded_protocol(max_connections: int, limits: Callable[[], WireLimits]) -> 
             """Bytes that the system has not taken yet."""
             return self.transport.get_write_buffer_size()
 
-        def _look_whether_it_reads(self, before: int) -> None:
+        def _check_still_reading(self, before: int) -> None:
             """Whoever does not holds a place with the model, and everything that waits for that place."""
             self._unread = None
             left, seconds = self._left(), limits().reading_seconds
             if left < before and seconds:
-                self._unread = self.loop.call_later(seconds, self._look_whether_it_reads, left)
+                self._unread = self.loop.call_later(seconds, self._check_still_reading, left)
                 return
             log.warning("event=client_stalled client=%r", self.client)
             self.transport.abort()

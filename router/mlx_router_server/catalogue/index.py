@@ -33,7 +33,7 @@ DEMO_FOLDER: Final = Path(__file__).parent / "demo"
 
 _SCAN_SECONDS: Final = 10.0
 _HANGING: Final = -1
-"""The stamp of a folder that did not answer: a change of it means that it answers again."""
+"""Stamp of a folder that timed out; when it answers again, the stamp changes and triggers a scan."""
 
 log = logging.getLogger(__name__)
 

@@ -42,8 +42,8 @@ class FieldRules:
     notes: Mapping[str, str] = field(default_factory=dict)
     """Of honoured fields: what is particular about it here."""
     inside: Mapping[str, type[Struct] | frozenset[str]] = field(default_factory=dict)
-    """The names that objects inside the body may have, by their path: ``messages[]`` is each item of ``messages``. What
-    the body's structs describe needs no entry; an object without one may hold anything."""
+    """Allowed names of nested objects, by path: ``messages[]`` is each item of ``messages``. The structs of the body
+    are known without an entry; any other object without one is not checked."""
 
     def check(self, data: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the names that are ignored, at every depth; raises ``UnsupportedCapability`` for one that is refused.

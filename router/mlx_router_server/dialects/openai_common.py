@@ -99,9 +99,9 @@ def check_ranges(body: SamplingFields) -> None:
 
 
 def limit_of(*counts: int | None) -> int | None:
-    """Return the first count that is a limit. 0 and negative numbers say "no limit", as Ollama's do."""
-    said = next((count for count in counts if count is not None), None)
-    return said if said is not None and said > 0 else None
+    """Return the first count that is given; None if it is 0 or negative, which means "no limit" as in Ollama."""
+    given = next((count for count in counts if count is not None), None)
+    return given if given is not None and given > 0 else None
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:

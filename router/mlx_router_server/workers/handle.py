@@ -52,7 +52,7 @@ _HUNG_SECONDS: Final = 1.0
 _TERM_SECONDS: Final = 3.0
 _KILL_SECONDS: Final = 10.0
 _LAST_WORD_SECONDS: Final = 0.5
-_LOOK_SECONDS: Final = 2.0
+_POLL_SECONDS: Final = 2.0
 _STILL_SECONDS: Final = 20.0
 _ENDED_BY_TERM: Final = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
@@ -206,7 +206,7 @@ class WorkerHandle:
             if liveness.still_seconds() > _STILL_SECONDS:
                 raise LoadFailed(f"its worker process {what}, and made no progress for {_STILL_SECONDS:g} s")
             self._changed.clear()
-            await _until(self._changed, min(end, time.monotonic() + _LOOK_SECONDS))
+            await _until(self._changed, min(end, time.monotonic() + _POLL_SECONDS))
             if self._changed.is_set():
                 liveness.note()
             elif self.hello is not None:

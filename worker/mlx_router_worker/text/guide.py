@@ -102,7 +102,7 @@ class Guide:
         self._called = False
         self._reserve: int | None = None
         """Tokens that thinking has to leave for the answer."""
-        self._look_at = budget
+        self._next_check_at = budget
         self.cut = False
         """The model would have written something else, and would not have come to the end of the text in time."""
 
@@ -313,16 +313,16 @@ class Guide:
             self._way = self._way[1:] if self._way and self._way[0] == self._last else []
         elif follower.number_length > _LONGEST_NUMBER:
             self._leave_value = True
-        elif self._left <= self._look_at:
+        elif self._left <= self._next_check_at:
             way = follower.way_out()
             if way is None or len(way) + self._tail > self._left:
-                self._look_at = self._left // 2  # there is no way, or no time for it: the model goes on undisturbed
+                self._next_check_at = self._left // 2  # no way, or no time for it: the model goes on
                 return
             needed = len(way) + self._tail
             if self._left <= needed + _MOST_GROWTH:
                 self._way = way
             # The way out grows as blocks are opened: look again before it could have outgrown what is left.
-            self._look_at = self._left - max((self._left - needed) // _MOST_GROWTH, 1)
+            self._next_check_at = self._left - max((self._left - needed) // _MOST_GROWTH, 1)
 
 
 def as_mask(allowed: Allowed, size: int) -> Mask | None:

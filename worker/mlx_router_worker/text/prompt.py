@@ -139,7 +139,7 @@ def droppable(messages: list[Message]) -> list[list[int]]:
 
 
 def _begins_exchange(messages: list[Message], at: int) -> bool:
-    """A turn of the user does, unless it goes on with another one; so does a greeting."""
+    """Whether an exchange begins here: a user turn that follows no other user turn, or a leading greeting."""
     before = next((m for m in reversed(messages[:at]) if m.role is not Role.SYSTEM), None)
     if messages[at].role is Role.USER:
         return before is None or before.role is not Role.USER
