@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_router_shared.errors import UnsupportedCapability
-from mlx_router_worker.mlx_engine import MlxEngine
+from mlx_router_worker.mlx_guides import Guides
 from tests.support.http import call
 from tests.support.router import running_router
 from tests.tiny_models.tokenizer import build_tokenizer
@@ -49,9 +49,5 @@ def test_experts_that_a_cpu_cannot_compute_are_refused_at_load(home: Path, tmp_p
 
 
 def test_a_tokenizer_without_a_json_file_cannot_enforce_a_format(tmp_path: Path) -> None:
-    engine = MlxEngine(lambda data: None)
-    engine._path = tmp_path
-    tokenizer: Any = SimpleNamespace(eos_token_ids=[0])
-    engine._tokenizer = tokenizer
     with pytest.raises(UnsupportedCapability, match=r"no tokenizer\.json"):
-        engine._follow("{}")
+        Guides(SimpleNamespace(eos_token_ids=[0]), tmp_path).follow("{}")

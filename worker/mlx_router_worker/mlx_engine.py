@@ -22,7 +22,7 @@ from mlx_lm.generate import BatchGenerator, make_text_state_machine
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_router_shared.capabilities import chat_capabilities
-from mlx_router_shared.errors import ErrorCode, InvalidRequest, LoadFailed, MlxRouterError, UnsupportedCapability
+from mlx_router_shared.errors import ErrorCode, LoadFailed, MlxRouterError, UnsupportedCapability
 from mlx_router_shared.generation import (
     ContextTokens,
     Event,
@@ -43,15 +43,13 @@ from mlx_router_worker.engine import Report
 from mlx_router_worker.mlx_answer import AnswerStream, Drawn, Vocabulary
 from mlx_router_worker.mlx_base import MlxBase
 from mlx_router_worker.mlx_draft import DraftLane
-from mlx_router_worker.mlx_sampling import GuideProcessor, Samplers, processors_for
+from mlx_router_worker.mlx_guides import Guides
+from mlx_router_worker.mlx_sampling import Samplers, processors_for
 from mlx_router_worker.mlx_scoring import PromptScore
 from mlx_router_worker.sampling import first_said, read_generation_config
 from mlx_router_worker.text.answer import AnswerBuilder
-from mlx_router_worker.text.grammar import Grammars
-from mlx_router_worker.text.guide import Guide, Markers
 from mlx_router_worker.text.prompt import template_tools
 from mlx_router_worker.text.renderer import PromptRenderer, is_chat
-from mlx_router_worker.text.schemas import answer_grammar, call_grammar
 from mlx_router_worker.text.token_bytes import is_token
 
 log = logging.getLogger(__name__)
@@ -63,7 +61,6 @@ __all__ = ["PREFILL_TOKENS", "MlxEngine", "Prompt"]
 PREFILL_TOKENS: Final = 512
 _LEAST_PREFILL_TOKENS: Final = 64
 _STEPS_BETWEEN_CACHE_EVALS: Final = 256
-_JSON_CALLS: Final = "mlx_lm.tool_parsers.json_tools"
 _DRAFT_UID: Final = -1  # the generator counts from 0
 
 
@@ -99,8 +96,6 @@ class MlxEngine(MlxBase):
         self._batch_steps = 0
         self._generation_config = Sampling()
         self._samplers: Samplers | None = None
-        self._grammars: Grammars | None = None
-        self._path = Path()
 
     # ------------------------------------------------------------------ loading
 
@@ -109,8 +104,8 @@ class MlxEngine(MlxBase):
         self._check_cache(config)
         if load.draft_path:
             self._load_draft(Path(load.draft_path))
-        self._path = Path(load.path)
-        self._generation_config = read_generation_config(self._path)
+        self._generation_config = read_generation_config(Path(load.path))
+        self._guides = Guides(self._tokenizer, Path(load.path))
         self._machine = make_text_state_machine(self._tokenizer)
         self._renderer = self._new_renderer()
         self._words = Vocabulary(self._tokenizer)
@@ -212,7 +207,7 @@ class MlxEngine(MlxBase):
             return [*context, usage, Finish(reason=FinishReason.LENGTH)]
         chat = is_chat(request)
         pieces = self._initial_pieces(tokens) if chat else None
-        guide = self._guide(request, pieces, min(budget, room))
+        guide = self._guides.guide(request, pieces, min(budget, room))
         if guide is not None:
             processors.append(guide)  # the last word is the grammar's
         # With a seed the same is to be drawn whether the lane is free or not, and guesses draw as well.
@@ -262,15 +257,11 @@ class MlxEngine(MlxBase):
             parse_tool=parse_tool if self._tokenizer.has_tool_calling or request.forced_tools else None,
             tool_markers=(self._tokenizer.tool_call_start or "", self._tokenizer.tool_call_end or ""),
             make_id=lambda: "call_" + secrets.token_hex(12),
-            json_calls=self._calls_are_json,
-            incremental=request.incremental_tools and (self._calls_are_json or bool(request.forced_tools)),
+            json_calls=self._guides.calls_are_json,
+            incremental=request.incremental_tools and (self._guides.calls_are_json or bool(request.forced_tools)),
             forced=bool(request.forced_tools),
             max_calls=request.max_tool_calls,
         )
-
-    @property
-    def _calls_are_json(self) -> bool:
-        return getattr(self._tokenizer.tool_parser, "__module__", "") == _JSON_CALLS
 
     def _initial_pieces(self, tokens: list[int]) -> Any:
         """The state in which an answer begins: reasoning when the prompt ends inside an open think block."""
@@ -281,70 +272,6 @@ class MlxEngine(MlxBase):
             if start >= 0 and start > tokenizer.rfind_think_end(tokens):
                 initial = "reasoning"
         return self._machine.make_state(initial)
-
-    # ----------------------------------------------------------------- grammars
-
-    def _guide(self, request: GenerationRequest, pieces: Any, budget: int) -> GuideProcessor | None:
-        """What has to be watched token by token, or None: then nothing is."""
-        strict = any(tool.strict for tool in request.tools) and self._calls_are_json and not request.forced_tools
-        may_call = bool(request.tools) and self._tokenizer.has_tool_calling and not request.forced_tools
-        thinks = is_chat(request) and self._tokenizer.has_thinking
-        limited = thinks and request.max_thinking_tokens is not None
-        if request.schema is None and not request.forced_tools and not strict and not limited:
-            return None
-        text = None
-        strict_calls = call_grammar(request.tools) if strict and may_call else None
-        if request.forced_tools:
-            text = self._follow(call_grammar([tool for tool in request.tools if tool.name in request.forced_tools]))
-        elif request.schema is not None:
-            text = self._follow(answer_grammar(request.schema))
-        lead: list[int] = []
-        if request.forced_tools and self._calls_are_json:
-            lead = self._encode(self._tokenizer.tool_call_start + "\n")
-        return GuideProcessor(
-            Guide(
-                markers=self._markers(),
-                end_tokens=sorted(self._tokenizer.eos_token_ids),
-                budget=budget,
-                text=text,
-                call=(lambda: self._follow(strict_calls) if strict_calls else None) if may_call else None,
-                lead=lead,
-                may_think=thinks and request.thinking is not False,
-                is_thinking=pieces is not None and pieces[0] == "reasoning",
-                max_thinking_tokens=request.max_thinking_tokens,
-            )
-        )
-
-    def _markers(self) -> Markers:
-        tokenizer = self._tokenizer
-        return Markers(
-            think_start=tokenizer.think_start_tokens or (),
-            think_end=tokenizer.think_end_tokens or (),
-            call_start=tokenizer.tool_call_start_tokens or (),
-            call_end=tokenizer.tool_call_end_tokens or (),
-        )
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
-
-    def _tokenizer_json(self) -> str:
-        file = self._path / "tokenizer.json"
-        if file.exists():
-            return file.read_text(encoding="utf-8")
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise UnsupportedCapability(
-                "this model's tokenizer has no tokenizer.json, which formats, schemas and required tool calls need"
-            )
-        return str(backend.to_str())
-
-    def _follow(self, grammar: str) -> Any:
-        if self._grammars is None:
-            self._grammars = Grammars(self._tokenizer_json(), sorted(self._tokenizer.eos_token_ids))
-        follower = self._grammars.follow(grammar)
-        if follower.broken:
-            raise InvalidRequest(f"the schema cannot be enforced: {follower.broken}")
-        return follower
 
     def cancel(self, request_id: str) -> None:
         self._scoring.pop(request_id, None)
