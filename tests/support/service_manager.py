@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -107,9 +108,12 @@ class _Keeper:
         output = self._unit.get("output") or str(self._state.with_suffix(".log"))
         failures = 0
         while True:
-            address = str(self._state.with_suffix(".notify"))
-            Path(address).unlink(missing_ok=True)
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener, open(output, "ab") as log:
+            with (
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener,
+                tempfile.TemporaryDirectory(prefix="keeper-", dir="/tmp") as folder,  # the path of a socket is short
+                open(output, "ab") as log,
+            ):
+                address = f"{folder}/notify"
                 listener.bind(address)
                 environment = {"PATH": "/usr/bin:/bin", "HOME": os.environ["HOME"], **self._unit["environment"]}
                 if self._unit["notify"]:
