@@ -252,8 +252,7 @@ def test_a_request_whose_prompt_was_being_read_is_given_to_the_next_worker(home:
         assert b"two" in reply.body
         assert b"unexpectedly" not in reply.body
         assert router.status()["models"][0]["failures"] == 0
-        (ended,) = [line for line in router.lines if "event=request " in line]
-        assert "outcome=ok" in ended
+        assert "outcome=ok" in router.wait_line("event=request ")
 
 
 def test_an_idle_worker_that_somebody_else_ends_is_replaced_at_the_next_request(home: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ _CHOSEN: dict[str, Any] = {
     "allowed_hosts": ["router.example"],
     "download_allowlist": ["mlx-community/*"],
     "default_model": "demo",
-    "log_file": "/tmp/mlx-router-test/of-the-walk.log",
+    "log_file": f"{tempfile.gettempdir()}/mlx-router-test-{os.getuid()}/of-the-walk.log",
 }
 
 
