@@ -35,7 +35,7 @@ test-user: ## the same as an ordinary user, in a copy of the working tree, when 
 	.ci/as-user make test
 
 test-slow: $(INSTALLED) ## those that take long: large models, many failures, a service through its life
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest --numprocesses 2 -m slow
 
 $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/requirements-litellm.txt tests/clients/package.json
 	$(PYTHON) -m venv $(CLIENTS)

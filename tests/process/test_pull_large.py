@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.support.hub import running_hub
-from tests.support.router import RouterProcess, running_router, wait_until
+from tests.support.router import RouterProcess, running_router, still_alive, wait_until
 
 _REPO = "mlx-community/Large-1GB"
 
@@ -51,8 +51,10 @@ def test_a_gigabyte_is_gone_on_with_after_a_kill(home: Path, large_models_dir: P
             puller = threading.Thread(target=_follow, args=(router, told))
             puller.start()
             wait_until(lambda: sum(path.stat().st_size for path in part.glob("*.incomplete")) > size // 2, "half", 120)
+            jobs = router.children()
             router.process.send_signal(signal.SIGKILL)
             router.process.wait(10)
+            wait_until(lambda: not still_alive(jobs), "nothing is written any more")
             puller.join(30)
         have = sum(path.stat().st_size for path in part.glob("*.incomplete"))
         assert have > size // 2
