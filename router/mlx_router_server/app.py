@@ -144,9 +144,10 @@ async def _watch_keys(keys: KeyRing) -> None:
             if await asyncio.to_thread(keys.refresh):
                 log.info("event=keys_changed")
             logged = ""
-        except KeyFileError as error:
-            if str(error) != logged:
-                logged = str(error)
+        except Exception as error:  # whatever is wrong with the file, the next one must be read
+            reason = str(error) if isinstance(error, KeyFileError) else f"{type(error).__name__}: {error}"
+            if reason != logged:
+                logged = reason
                 log.error("event=keys_refused error=%r", logged)
 
 

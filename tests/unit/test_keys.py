@@ -104,7 +104,9 @@ def test_scopes_and_models() -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{", '{"keys": [{}]}', '{"keys": [{"name": "x", "sha256": "00", "scopes": []}]}',
-     '{"keys": [{"name": "x", "sha256": 5, "scopes": []}]}', '{"keys": 5}', '{"keys": [5]}'],
+     '{"keys": [{"name": "x", "sha256": 5, "scopes": []}]}', '{"keys": 5}', '{"keys": [5]}', '{"keys": {}}',
+     '{"keys": ""}',
+     '{"keys":' + '[' * 100_000 + ']' * 100_000 + '}', '{"keys": null}'],
 )  # fmt: skip
 def test_a_broken_file_is_refused_and_the_keys_stay(tmp_path: Path, text: str) -> None:
     good, key = make_key("laptop", [Scope.ADMIN])

@@ -255,12 +255,15 @@ def read_keys(file: Path) -> list[Key]:
         if not S_ISREG(stat.st_mode):  # reading a pipe would block
             raise KeyFileError(f"{file} is not a regular file")
         data = json.loads(file.read_text(encoding="utf-8"))
-        return [_read(item) for item in data["keys"]]
+        items = data["keys"]
+        if not isinstance(items, list):
+            raise TypeError("its keys are no list")
+        return [_read(item) for item in items]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise KeyFileError(f"{file}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise KeyFileError(f"{file} is not a file of keys: {error}") from None
 
 

@@ -208,8 +208,8 @@ class Server:
 
     async def reload(self, settings: Settings, sources: Sources, options: SupervisorOptions) -> None:
         """Other settings from now on, all of them at once; requests that have begun keep theirs."""
+        self.keys.configure(settings.api_keys)  # first: nothing else may keep a key in force, or a new one out
         await self.catalogue.reconfigure(sources, settings.default_model)
-        self.keys.configure(settings.api_keys)
         self.supervisor.reconfigure(options)
         self.settings = settings
         self.preload()

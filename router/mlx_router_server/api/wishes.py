@@ -36,9 +36,10 @@ def _keep_alive(text: str | None) -> float | None:
     if text is None:
         return None
     try:
-        return parse_duration(float(text))
+        seconds = float(text)
     except ValueError:
         return parse_duration(text)
+    return parse_duration(text if math.isnan(seconds) else seconds)
 
 
 def _priority(text: str | None) -> int:
