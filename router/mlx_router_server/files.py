@@ -1,4 +1,4 @@
-"""Small files that have to be whole, whatever happens while they are written."""
+"""Small files that have to be whole, whatever happens while they are written, and paths as people write them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["replace_file"]
+__all__ = ["expanded", "replace_file"]
+
+
+def expanded(path: str) -> Path:
+    """Return the path with the home folder in place of ``~``; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def replace_file(file: Path, data: bytes) -> None:

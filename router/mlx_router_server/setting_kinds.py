@@ -19,6 +19,7 @@ from mlx_router_server.durations import parse_duration
 __all__ = [
     "boolean",
     "duration",
+    "file",
     "host",
     "integer",
     "names",
@@ -34,13 +35,17 @@ __all__ = [
     "text",
 ]
 
-_HOST_NAME: Final = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?\.?", re.IGNORECASE | re.ASCII)
+_LABEL: Final = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+_HOST_NAME: Final = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?", re.IGNORECASE | re.ASCII)
+_MOST_SECONDS: Final = 1000 * 365 * 86400.0
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 def duration(value: object) -> float:
     if isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value.strip()):
         value = float(value)  # OLLAMA_KEEP_ALIVE=300 is fine, although keep_alive "300" in a request is not
+    if value != value:
+        raise ValueError("not a number")
     return parse_duration(value)
 
 
@@ -80,6 +85,8 @@ def seconds(value: object) -> float:
     number = float(value)
     if not number >= 0:
         raise ValueError("negative")
+    if number > _MOST_SECONDS:
+        raise ValueError("longer than a thousand years; 0 is no limit where there can be none")
     return number
 
 
@@ -120,7 +127,20 @@ def one_of(*choices: str) -> Callable[[object], str]:
 
 
 def path(value: object) -> Path:
-    return Path(text(value)).expanduser().absolute()
+    name = text(value)
+    if "\0" in name:
+        raise ValueError("holds a NUL character")
+    try:
+        return Path(name).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("there is no such user") from None
+
+
+def file(value: object) -> str:
+    """A path as it is written, or nothing."""
+    if text(value):
+        path(value)
+    return text(value)
 
 
 def options(value: object) -> dict[str, Any]:
@@ -137,7 +157,7 @@ def paths(value: object) -> tuple[Path, ...]:
         value = [part for part in value.split(os.pathsep) if part]
     if not isinstance(value, list | tuple):
         raise ValueError("not a list of folders")
-    return tuple(Path(str(part)).expanduser().absolute() for part in value)
+    return tuple(path(part) for part in value)
 
 
 def names(value: object) -> tuple[str, ...]:
@@ -169,6 +189,7 @@ _TEXTS: Final = {"type": "array", "items": {"type": "string"}}
 _SCHEMAS: Final[dict[Callable[[object], Any], dict[str, Any]]] = {
     boolean: {"type": "boolean"},
     duration: {"type": ["number", "string"]},
+    file: {"type": "string"},
     host: {"type": "string"},
     integer: {"type": "integer", "minimum": 0},
     names: _TEXTS,

@@ -228,7 +228,7 @@ class Settings:
         "text", kinds.one_of("text", "json"), "How lines are logged: for people, or as JSON, one object a line."
     )
     log_file: str = _setting(
-        "", kinds.text, "A file for the log in place of standard error; five older ones of 10 MB are kept beside it."
+        "", kinds.file, "A file for the log in place of standard error; five older ones of 10 MB are kept beside it."
     )
     log_prompts: bool = _setting(
         False, kinds.boolean, "Log what clients send and what they are answered. Their secrets, too."

@@ -35,11 +35,18 @@ class SettingsError(Exception):
 def home_folder(environment: dict[str, str]) -> Path:
     """Where state and the configuration live: ``MLX_ROUTER_HOME``, else the platform's usual place."""
     if path := environment.get("MLX_ROUTER_HOME"):
-        return Path(path).expanduser()
+        return _expanded(path, "MLX_ROUTER_HOME")
     user = Path(environment.get("HOME") or Path.home())
     if sys.platform == "darwin":
         return user / "Library" / "Application Support" / "mlx-router"
-    return Path(environment.get("XDG_CONFIG_HOME") or user / ".config").expanduser() / "mlx-router"
+    return _expanded(environment.get("XDG_CONFIG_HOME") or str(user / ".config"), "XDG_CONFIG_HOME") / "mlx-router"
+
+
+def _expanded(path: str, origin: str) -> Path:
+    try:
+        return kinds.path(path)
+    except ValueError as error:
+        raise SettingsError(f"{origin}: {path!r}: {error}") from None
 
 
 def config_file(environment: dict[str, str], named: Path | None = None) -> Path:
@@ -89,7 +96,9 @@ def _read_file(file: Path) -> dict[str, object]:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise SettingsError(f"{file}: it is nested too deeply") from None
+    except ValueError as error:  # what is no TOML, no UTF-8, or a number of thousands of digits
         raise SettingsError(f"{file}: {error}") from None
     version = data.pop("version", CONFIG_VERSION)
     if version != CONFIG_VERSION:
@@ -219,5 +228,5 @@ def _split_host(text: str) -> dict[str, object]:
     host, colon, port = rest.rpartition(":")
     if not colon or rest.endswith("]") or (":" in host.strip("[]") and not host.startswith("[")):
         host, port = rest, ""
-    number = int(port) if port.isascii() and port.isdigit() and int(port) <= 65535 else default
+    number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535 else default
     return {"host": host.strip("[]") or "0.0.0.0", "port": number}  # noqa: S104  # Ollama binds all for ":8080"

@@ -92,6 +92,7 @@ def test_errors_have_its_shape(fleet: RouterProcess, client: Any) -> None:
         ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, 400, "invalid_request_error",
          "Unimplemented keys"),
         ({"thinking": {"type": "enabled", "budget_tokens": "many"}}, 400, "invalid_request_error", "budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 2**64}}, 400, "invalid_request_error", "budget_tokens"),
         ({"model": "embedder"}, 400, "invalid_request_error", '"embedder" does not support chat'),
         ({"model": "plain", "tools": [_WEATHER]}, 400, "invalid_request_error", "does not support tools"),
     ):  # fmt: skip

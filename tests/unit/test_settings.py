@@ -188,3 +188,14 @@ def test_keep_alive_in_all_its_forms(value: object, seconds: float) -> None:
 def test_keep_alive_refused_in_ollamas_words(value: object, sentence: str) -> None:
     with pytest.raises(InvalidRequest, match=sentence):
         parse_duration(value)
+
+
+def test_a_duration_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    for text in (
+        "keep_alive = nan",
+        "keep_alive = 'nan'",
+        "drain_timeout_seconds = nan",
+        "drain_timeout_seconds = inf",
+    ):
+        with pytest.raises(SettingsError, match="config.toml"):
+            _load(tmp_path, text)

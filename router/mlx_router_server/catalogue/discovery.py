@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from mlx_router_server.files import expanded
+
 __all__ = ["Found", "discover_folders", "discover_hub", "hub_cache"]
 
 
@@ -38,11 +40,11 @@ class Found:
 def hub_cache(environment: dict[str, str]) -> Path:
     """The cache folder, by the same variables as huggingface_hub (which is slow to import)."""
     if path := environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(path).expanduser()
+        return expanded(path)
     home = environment.get("HF_HOME")
     if home is None:
         home = os.path.join(environment.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
-    return Path(home).expanduser() / "hub"
+    return expanded(home) / "hub"
 
 
 def discover_hub(cache: Path) -> Iterator[Found]:

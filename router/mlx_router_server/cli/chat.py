@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import re
 import sys
-from pathlib import Path
 from typing import Any, Final
 
 from mlx_router_server.cli.client import ApiError, Client
+from mlx_router_server.files import expanded
 
 __all__ = ["Chat"]
 
@@ -117,7 +117,7 @@ class Chat:
         a path that means nothing to it."""
         images = []
         for match in _IMAGE.finditer(text):
-            path = Path(match[0].replace("\\ ", " ")).expanduser()
+            path = expanded(match[0].replace("\\ ", " "))
             if not path.is_file():
                 continue
             if "vision" not in self._capabilities:

@@ -15,12 +15,14 @@ from urllib.parse import quote, urlsplit
 
 from mlx_router_server.access.keys import key_digest, local_key, local_proof
 from mlx_router_server.settings import Settings
-from mlx_router_server.settings_layers import home_folder
+from mlx_router_server.settings_layers import SettingsError, home_folder
 from mlx_router_server.telemetry.logs import one_line
 
-__all__ = ["ApiError", "Client", "NoRouter", "OtherProgram", "connect"]
+__all__ = ["ApiError", "Client", "NoRouter", "OtherProgram", "connect", "in_path"]
 
 _CONNECT_SECONDS = 5.0
+_LOOK_SECONDS = 30.0
+"""The longest silence of an answer that needs no model."""
 
 
 def connect(
@@ -34,8 +36,15 @@ def connect(
     ):
         url = "https" + url.removeprefix("http")
     if key := environment.get("MLX_ROUTER_API_KEY", ""):
+        if not (key.isascii() and key.isprintable()):
+            raise SettingsError("MLX_ROUTER_API_KEY: it holds characters that no header may have")
         return Client(url, key, answer_seconds)
     return Client(url, "", answer_seconds, local_key=_local_key(url, environment))
+
+
+def in_path(text: str) -> str:
+    """Return a model's name as a part of a path or of a query."""
+    return quote(text, safe="/:", errors="surrogateescape")
 
 
 def _local_key(url: str, environment: Mapping[str, str]) -> str:
@@ -91,7 +100,7 @@ class Client:
         self._port = parts.port or (443 if self._is_encrypted else 80)
 
     def get(self, path: str) -> Any:
-        return self._whole("GET", path, None)
+        return self._whole("GET", path, None, _LOOK_SECONDS)
 
     def post(self, path: str, body: Any = None) -> Any:
         return self._whole("POST", path, body)
@@ -99,10 +108,7 @@ class Client:
     def delete(self, path: str, body: Any) -> int:
         """The bytes that are free again."""
         connection, response = self._send("DELETE", path, body)
-        try:
-            data = response.read()
-        finally:
-            connection.close()
+        data = self._read(connection, response)
         if response.status != 200:
             raise self._api_error(response, data)
         return int(response.headers.get("x-freed-bytes") or 0)
@@ -116,10 +122,7 @@ class Client:
             return
         with file.open("rb") as stream:
             connection, response = self._send("POST", path, _Shown(stream, show), file.stat().st_size)
-            try:
-                data = response.read()
-            finally:
-                connection.close()
+            data = self._read(connection, response)
         if response.status not in (200, 201):
             raise self._api_error(response, data)
 
@@ -142,6 +145,7 @@ class Client:
         try:
             if response.status != 200:
                 raise self._api_error(response, response.read())
+            self._check_sender(response)
             whole = False
             while line := response.readline():
                 data = json.loads(line)
@@ -163,6 +167,7 @@ class Client:
         try:
             if response.status != 200:
                 raise self._api_error(response, response.read())
+            self._check_sender(response)
             kind = ""
             while line := response.readline():
                 name, _, value = line.decode().rstrip("\n").partition(": ")
@@ -186,14 +191,25 @@ class Client:
         finally:
             connection.close()
 
-    def _whole(self, method: str, path: str, body: Any) -> Any:
-        connection, response = self._send(method, path, body)
+    def _read(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> bytes:
+        """Return the body. Raises ``NoRouter`` when it breaks off, ``OtherProgram`` when no router has sent it."""
         try:
             data = response.read()
         except (OSError, http.client.HTTPException) as error:
             raise NoRouter(f"the connection to {self.url} broke off: {error}") from None
         finally:
             connection.close()
+        self._check_sender(response)
+        return data
+
+    def _check_sender(self, response: http.client.HTTPResponse) -> None:
+        """Every answer of a router has an identifier."""
+        if response.status < 300 and "x-request-id" not in response.headers:
+            raise OtherProgram(self._who_answers())
+
+    def _whole(self, method: str, path: str, body: Any, answer_seconds: float | None = None) -> Any:
+        connection, response = self._send(method, path, body, answer_seconds=answer_seconds)
+        data = self._read(connection, response)
         if response.status not in (200, 202):
             raise self._api_error(response, data)
         try:
@@ -202,7 +218,7 @@ class Client:
             raise OtherProgram(self._who_answers()) from None
 
     def _send(
-        self, method: str, path: str, body: Any, size: int | None = None
+        self, method: str, path: str, body: Any, size: int | None = None, *, answer_seconds: float | None = None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """``size`` is that of a body which is a stream of bytes; any other is sent as JSON."""
         if self._unproved_key:
@@ -219,8 +235,8 @@ class Client:
             headers["authorization"] = f"Bearer {self._key}"
         try:
             connection.connect()
-            connection.sock.settimeout(self._answer_seconds)
-            connection.request(method, quote(path, safe="/:?=&"), data, headers)
+            connection.sock.settimeout(self._answer_seconds or answer_seconds)
+            connection.request(method, path, data, headers)
             return connection, connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             connection.close()

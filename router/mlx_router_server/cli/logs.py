@@ -7,7 +7,7 @@ import json
 from datetime import datetime
 from typing import Any
 
-from mlx_router_server.cli.client import connect
+from mlx_router_server.cli.client import connect, in_path
 from mlx_router_server.cli.tables import print_json
 from mlx_router_server.settings import Settings
 
@@ -17,7 +17,7 @@ __all__ = ["logs"]
 def logs(options: argparse.Namespace, settings: Settings) -> int:
     """The last lines; with ``--follow`` those that come, until ctrl-C or the end of the router."""
     client = connect(settings)
-    query = f"model={options.model}" if options.model else ""
+    query = f"model={in_path(options.model)}" if options.model else ""
     told = client.get("/admin/logs?" + query)
     lines = told["lines"][-options.lines :] if options.lines else []
     if options.json and not options.follow:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -29,6 +31,7 @@ Command = Callable[[argparse.Namespace, Settings], int]
 
 def main() -> None:
     """Run the command that ``sys.argv`` names and exit."""
+    _prepare_streams()
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:
         completion.complete(parser)
@@ -40,6 +43,7 @@ def main() -> None:
     try:
         command: Command = options.command
         status = command(options, _settings_for(options))
+        sys.stdout.flush()
     except SettingsError as error:
         status = _complain(str(error), EXIT_USAGE)
     except NoRouter as error:
@@ -49,9 +53,29 @@ def main() -> None:
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # `mlx-router list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_FAILED
+        _drop_output()
+    except OSError as error:  # a full disk behind standard output, a home folder that is a file
+        where = f"{error.filename}: " if error.filename else ""
+        status = _complain(f"{where}{error.strerror or error}", EXIT_FAILED)
+        _drop_output()
     sys.exit(status)
+
+
+def _prepare_streams() -> None:
+    """Have all three streams, whatever is closed, and write what an encoding lacks as a question mark."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # it stays open
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _drop_output() -> None:
+    """What is still buffered cannot be written, and must not be tried again at the exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _settings_for(options: argparse.Namespace) -> Settings:

@@ -13,6 +13,7 @@ from mlx_router_server.cli.client import ApiError, Client, connect
 from mlx_router_server.cli.modelfile import Modelfile, ModelfileError, parse_modelfile
 from mlx_router_server.cli.progress import Bars
 from mlx_router_server.cli.tables import human_size, print_json
+from mlx_router_server.files import expanded
 from mlx_router_server.settings import Settings
 
 __all__ = ["copy", "create", "pull", "pull_model", "remove"]
@@ -109,8 +110,11 @@ def _weights(client: Client, said: Modelfile, folder: Path, bars: Bars) -> dict[
 
 def _path(text: str, folder: Path) -> Path | None:
     """A path, if it is meant as one or there is something at it."""
-    path = folder / Path(text).expanduser()
-    return path if text.startswith((".", "/", "~")) or path.exists() else None
+    path = folder / expanded(text)
+    try:
+        return path if text.startswith((".", "/", "~")) or path.exists() else None
+    except (OSError, ValueError):  # longer than a path may be
+        return None
 
 
 def _upload_folder(client: Client, folder: Path, bars: Bars) -> dict[str, str]:

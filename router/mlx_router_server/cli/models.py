@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from mlx_router_server.catalogue.aliases import SHIPPED
-from mlx_router_server.cli.client import ApiError, Client, NoRouter, OtherProgram, connect
+from mlx_router_server.cli.client import ApiError, Client, NoRouter, OtherProgram, connect, in_path
 from mlx_router_server.cli.gone import footprint_of
 from mlx_router_server.cli.tables import ago, human_size, print_json, print_table, until
 from mlx_router_server.settings import Settings
@@ -161,7 +161,7 @@ def _first_lines(text: str) -> list[str]:
 
 
 def load(options: argparse.Namespace, settings: Settings) -> int:
-    data = connect(settings).post(f"/admin/models/{options.model}/load")
+    data = connect(settings).post(f"/admin/models/{in_path(options.model)}/load")
     if options.json:
         return print_json(data)
     print(f"{data['name']} is loaded ({data['waited_seconds']:.1f} s)")
@@ -169,7 +169,7 @@ def load(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def unload(options: argparse.Namespace, settings: Settings) -> int:
-    data = connect(settings).post(f"/admin/models/{options.model}/unload")
+    data = connect(settings).post(f"/admin/models/{in_path(options.model)}/unload")
     if options.json:
         return print_json(data)
     if data["state"] in _NOT_RUNNING:
@@ -188,7 +188,7 @@ def unpin(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _set_pin(options: argparse.Namespace, settings: Settings, what: str) -> int:
-    data = connect(settings).post(f"/admin/models/{options.model}/{what}")
+    data = connect(settings).post(f"/admin/models/{in_path(options.model)}/{what}")
     if options.json:
         return print_json(data)
     print(f"{data['name']} is pinned until the router ends" if data["pinned"] else f"{data['name']} is not pinned")

@@ -218,7 +218,7 @@ def _budget(thinking: dict[str, Any]) -> int | None:
     budget = thinking.get("budget_tokens")
     if budget is None:
         return None
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+    if not isinstance(budget, int) or isinstance(budget, bool) or not 1 <= budget < 2**63:
         raise InvalidRequest("thinking.budget_tokens must be a whole number above 0", param="thinking.budget_tokens")
     return budget
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from mlx_router_server.files import expanded
 from mlx_router_server.service.manager import LONGEST_LEAVE, ServiceError, Status, call, config_of
 from mlx_router_server.service.plan import ServicePlan
 
@@ -153,6 +154,6 @@ class Launchd:
         )
 
     def logs(self, follow: bool, log_file: str = "") -> list[str]:
-        own = Path(log_file).expanduser() if log_file else self._logs / "router.log"
+        own = expanded(log_file) if log_file else self._logs / "router.log"
         files = (str(self._early_log), str(own))
         return ["tail", "-n", "200", *(["-F"] if follow else []), *files]

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from mlx_router_server import setting_kinds as kinds
 from mlx_router_server.catalogue.discovery import hub_cache
+from mlx_router_server.files import expanded
 from mlx_router_server.settings import Settings, describe_settings
 from mlx_router_server.settings_layers import SettingsError, home_folder
 
@@ -88,10 +89,10 @@ def _writable(settings: Settings, environment: dict[str, str], home: Path, user_
     """Each once, and none that lies in another. A cache that is a link lies where it leads to as well."""
     caches = {**environment, "XDG_CACHE_HOME": environment.get("XDG_CACHE_HOME") or str(user_home / ".cache")}
     hub = hub_cache(caches)
-    huggingface = Path(environment.get("HF_HOME") or Path(caches["XDG_CACHE_HOME"]) / "huggingface").expanduser()
+    huggingface = expanded(environment.get("HF_HOME") or f"{caches['XDG_CACHE_HOME']}/huggingface")
     folders = [home, huggingface, hub, hub.resolve()]
     if settings.log_file:
-        folders.append(Path(settings.log_file).expanduser().parent)
+        folders.append(expanded(settings.log_file).parent)
     absolute = dict.fromkeys(folder.absolute() for folder in folders)
     return tuple(
         folder for folder in absolute

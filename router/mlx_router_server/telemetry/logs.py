@@ -21,9 +21,9 @@ from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final, TextIO
 
+from mlx_router_server.files import expanded
 from mlx_router_server.telemetry.ring import Ring
 
 __all__ = ["LogLine", "LogRing", "configure_logs", "CURRENT_REQUEST", "one_line", "quiet_uvicorn"]
@@ -179,7 +179,7 @@ def configure_logs(level: str, form: str = "text", file: str = "") -> None:
     changed."""
     handler: logging.Handler
     if file:
-        path = Path(file).expanduser()
+        path = expanded(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = _File(path, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8")
     else:
