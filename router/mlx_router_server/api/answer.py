@@ -151,6 +151,12 @@ class Answer:
                 await send({"type": "http.response.body", "body": data, "more_body": False})
             else:
                 await error_response(scope, error)(scope, receive, send)
+        except Exception:
+            if renderer is None or not self._begun:
+                raise
+            log.exception("event=internal_error request=%s", request_id)
+            data = renderer.fail(for_the_public(MlxRouterError("internal server error")))
+            await send({"type": "http.response.body", "body": data, "more_body": False})
         finally:
             log.info(
                 "event=request request=%s model=%r stream=%s outcome=%s seconds=%.3f load_seconds=%.3f",

@@ -21,7 +21,7 @@ from mlx_router_shared.generation import (
     ToolCallDone,
     ToolCallStarted,
 )
-from mlx_router_worker.text.json_calls import JsonCallReader, ReadCall, read_json
+from mlx_router_worker.text.json_calls import JsonCallReader, ReadCall, plain_json, read_json
 from mlx_router_worker.text.stop_strings import StopStrings
 
 __all__ = ["AnswerBuilder", "ToolParser"]
@@ -308,9 +308,8 @@ def _as_calls(parsed: Any) -> list[tuple[str, str, str]]:
         if not isinstance(arguments, dict):
             raise ValueError("the arguments are no object")
         call_id = call.get("id")
-        calls.append(
-            (call["name"], json.dumps(arguments, ensure_ascii=False), call_id if isinstance(call_id, str) else "")
-        )
+        name = json.loads(plain_json(call["name"]))
+        calls.append((name, plain_json(arguments), call_id if isinstance(call_id, str) and call_id.isascii() else ""))
     if not calls:
         raise ValueError("no call")
     return calls

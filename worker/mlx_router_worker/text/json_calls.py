@@ -8,16 +8,22 @@ while it arrives, so that a client that gets a call in pieces gets the same JSON
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any, Final, NamedTuple
 
-__all__ = ["JsonCallReader", "ReadCall", "read_json"]
+__all__ = ["JsonCallReader", "ReadCall", "plain_json", "read_json"]
 
 _HEAD: Final = re.compile(
     r'[\s,;\[\]}]*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 _SHORT_ESCAPES: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\b": "\\b", "\f": "\\f"}
-_WORDS: Final = {"True": "true", "False": "false", "None": "null"}
+_WORDS: Final = {
+    "True": "true", "False": "false", "None": "null", "NaN": "null", "Infinity": "null", "-Infinity": "null"
+}  # fmt: skip
+_HIGH: Final = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")
+_LOW: Final = re.compile(r"\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+_REPLACEMENT: Final = "\\ufffd"
 
 
 class _Repair:
@@ -32,9 +38,23 @@ class _Repair:
         self._word = ""
         self._comma = ""
         """A comma and the white space behind it, held back until something else than a closing bracket follows."""
+        self._high = ""
+        """The first half of a surrogate pair, held back until the second half follows."""
 
     def take(self, character: str) -> str:
         """The text that one more character adds; empty while it is not decided."""
+        text = self._take(character)
+        if not text:
+            return ""
+        high, self._high = self._high, ""
+        if _HIGH.fullmatch(text):
+            self._high = text
+            return _REPLACEMENT if high else ""
+        if _LOW.fullmatch(text):
+            return high + text if high else _REPLACEMENT
+        return _REPLACEMENT + text if high else text
+
+    def _take(self, character: str) -> str:
         if self._unicode is not None:
             return self._take_unicode(character)
         if self._escaped:
@@ -69,7 +89,7 @@ class _Repair:
         return character
 
     def _outside(self, character: str) -> str:
-        if character.isalpha():
+        if character.isalpha() or (character == "-" and not self._word):
             self._word += character
             return ""
         word, self._word = _WORDS.get(self._word, self._word), ""
@@ -175,3 +195,24 @@ def read_json(text: str) -> Any:
         if repair.depth == 0 and not repair.in_string and out and out[-1] in "}]":
             break
     return json.loads(out)
+
+
+def plain_json(value: Any) -> str:
+    """Return the JSON text of a value that another parser has read.
+
+    What JSON and UTF-8 do not have is replaced: a lone half of a surrogate pair by U+FFFD, a number that is not finite
+    by null.
+    """
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {_plain(str(name)): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
