@@ -18,6 +18,11 @@ MOST_SCHEMA_BYTES: Final = 128 * 2**10
 
 _NARROWING: Final = ("uniqueItems", "propertyNames", "minContains", "maxContains", "contentSchema")
 """Keywords that llguidance does not have and that accept fewer of the values of the same shape."""
+_NARROWING_VALUES: Final = frozenset(
+    {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "pattern",
+     "format", "minItems", "maxItems", "minProperties", "maxProperties", "contentEncoding", "contentMediaType"}
+)  # fmt: skip
+"""Keywords that llguidance has, and does not have for every value: bounds of 64 bits, lengths that are null."""
 _MAPS: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _SCHEMAS: Final = ("items", "additionalItems", "additionalProperties", "contains", "not", "if", "then", "else",
                    "unevaluatedItems", "unevaluatedProperties")  # fmt: skip
@@ -35,46 +40,73 @@ class Enforceable(NamedTuple):
 def enforceable_schema(schema: Any) -> Enforceable:
     """Return the schema without the constraints that cannot be enforced and only narrow a value. Raises
     ``RecursionError`` for one that is nested too deeply."""
-    dropped: list[str] = []
-    cleaned = _cleaned(schema, "", dropped, exclusive=True)
-    problem = _problem(cleaned)
+    tries = [_Cleaner()]
+    cleaned, problem = tries[0].clean(schema)
     if "oneOf" in problem:
         # That no other alternative fits as well narrows the value too.
-        dropped = []
-        cleaned = _cleaned(schema, "", dropped, exclusive=False)
-        problem = _problem(cleaned)
-    return Enforceable(cleaned, tuple(dict.fromkeys(dropped)), problem)
-
-
-def _cleaned(node: Any, at: str, dropped: list[str], *, exclusive: bool) -> Any:
-    """``exclusive``: leave ``oneOf`` as it is; otherwise it becomes ``anyOf``."""
-    if not isinstance(node, dict):
-        return node
-    out: dict[str, Any] = {}
-    for key, value in node.items():
-        path = f"{at}.{key}" if at else key
-        if _is_unenforceable(key, value):
-            dropped.append(path)
-        elif key in _MAPS and isinstance(value, dict):
-            out[key] = {name: _cleaned(inner, f"{path}.{name}", dropped, exclusive=exclusive)
-                        for name, inner in value.items()}  # fmt: skip
-        elif key in _LISTS and isinstance(value, list):
-            name = key
-            if key == "oneOf" and not exclusive and "anyOf" not in node:
-                name = "anyOf"
-                dropped.append(path)
-            out[name] = [_cleaned(inner, f"{path}[{number}]", dropped, exclusive=exclusive)
-                         for number, inner in enumerate(value)]  # fmt: skip
-        elif key in _SCHEMAS:
-            out[key] = _cleaned(value, path, dropped, exclusive=exclusive)
+        tries.append(_Cleaner(exclusive=False))
+        cleaned, problem = tries[-1].clean(schema)
+    if problem:
+        tries.append(_Cleaner(exclusive="oneOf" not in problem and len(tries) == 1, bare=True))
+        bare, bare_problem = tries[-1].clean(schema)
+        if bare_problem:
+            del tries[-1]
         else:
-            out[key] = value
-    return out
+            cleaned, problem = bare, ""
+    return Enforceable(cleaned, tuple(dict.fromkeys(tries[-1].dropped)), problem)
+
+
+class _Cleaner:
+    """Takes out of a schema what cannot be enforced, and keeps the paths of it in ``dropped``."""
+
+    def __init__(self, *, exclusive: bool = True, bare: bool = False) -> None:
+        """``exclusive``: leave ``oneOf`` as it is; otherwise it becomes ``anyOf``. ``bare``: take out all keywords that
+        only narrow a value, where they cannot be enforced together."""
+        self.dropped: list[str] = []
+        self._exclusive = exclusive
+        self._bare = bare
+
+    def clean(self, schema: Any) -> tuple[Any, str]:
+        """Return the schema that is left, and why it cannot be enforced either, or ""."""
+        cleaned = self._cleaned(schema, "")
+        return cleaned, _problem(cleaned)
+
+    def _cleaned(self, node: Any, at: str) -> Any:
+        if not isinstance(node, dict):
+            return node
+        out: dict[str, Any] = {}
+        bare = self._bare and bool(_problem(_shallow(node)))
+        for key, value in node.items():
+            path = f"{at}.{key}" if at else key
+            if key in _NARROWING and value in (False, None):
+                continue  # it says nothing
+            if _is_unenforceable(key, value) or (bare and key in _NARROWING_VALUES and not isinstance(value, dict)):
+                self.dropped.append(path)
+            elif key in _MAPS and isinstance(value, dict):
+                out[key] = {name: self._cleaned(inner, f"{path}.{name}") for name, inner in value.items()}
+            elif key in _LISTS and isinstance(value, list):
+                name = key
+                if key == "oneOf" and not self._exclusive and "anyOf" not in node:
+                    name = "anyOf"
+                    self.dropped.append(path)
+                out[name] = [self._cleaned(inner, f"{path}[{number}]") for number, inner in enumerate(value)]
+            elif key in _SCHEMAS:
+                out[key] = self._cleaned(value, path)
+            elif key != "$schema":
+                out[key] = value
+        return out
+
+
+def _shallow(node: dict[str, Any]) -> dict[str, Any]:
+    """What a schema says of its value itself, and not of the values inside."""
+    plain = {key: value for key, value in node.items() if key in _NARROWING_VALUES or key in ("type", "required")}
+    properties = node.get("properties")
+    return plain | ({"properties": dict.fromkeys(properties, True)} if isinstance(properties, dict) else {})
 
 
 def _is_unenforceable(key: str, value: Any) -> bool:
     if key in _NARROWING:
-        return value not in (False, None)
+        return True
     if key == "format":  # a format is an annotation, by the standard
         return isinstance(value, str) and not _is_known_format(value)
     return key == "pattern" and isinstance(value, str) and not _is_usable_pattern(value)

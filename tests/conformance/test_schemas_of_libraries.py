@@ -134,3 +134,47 @@ def test_the_schemas_of_strict_tools_are_bounded_together(fleet: RouterProcess, 
     reply = call(fleet, "POST", path, body)
     assert reply.status == 400
     assert b"strict tools are longer than" in reply.body
+
+
+@pytest.mark.parametrize(
+    ("schema", "dropped"),
+    [
+        ({"type": "array", "items": {"type": "string"}, "maxItems": 2, "uniqueItems": False}, []),
+        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, ["minimum", "maximum"]),
+        (
+            {"type": "number", "minimum": -3.4028234663852886e38, "maximum": 3.4028234663852886e38},
+            ["minimum", "maximum"],
+        ),
+        ({"type": "string", "maxLength": 10.0}, ["maxLength"]),
+        (
+            {"type": "object", "properties": {"a": {"type": "string", "maxLength": 3}}, "minProperties": 1},
+            ["minProperties"],
+        ),
+    ],
+)
+def test_what_only_narrows_a_value_is_dropped_where_it_cannot_be_enforced(
+    fleet: RouterProcess, schema: dict[str, Any], dropped: list[str]
+) -> None:
+    reply = _ask(fleet, "/v1/chat/completions", _wrapped(schema))
+    assert reply.status == 200, reply.body
+    named = reply.headers.get("x-ignored-fields", "")
+    assert [name for name in dropped if f"properties.v.{name}" not in named] == []
+    assert "maxLength" not in named or "maxLength" in dropped
+
+
+def test_a_strict_tool_beside_one_that_cannot_be_enforced(fleet: RouterProcess) -> None:
+    free = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "if": {"required": ["a"]},
+        "then": {"required": []},
+    }
+    strict = {"type": "object", "properties": {}, "additionalProperties": False}
+    tools = [
+        {"type": "function", "function": {"name": "write", "strict": True, "parameters": strict}},
+        {"type": "function", "function": {"name": "free", "parameters": free}},
+    ]
+    for choice in ("required", "auto"):
+        body = {"model": "random", "messages": [{"role": "user", "content": "go"}], "tools": tools, "max_tokens": 60}
+        reply = call(fleet, "POST", "/v1/chat/completions", {**body, "tool_choice": choice, "temperature": 0})
+        assert reply.status == 200, reply.body

@@ -197,5 +197,5 @@ def test_a_duration_that_is_no_number_is_refused(tmp_path: Path) -> None:
         "drain_timeout_seconds = nan",
         "drain_timeout_seconds = inf",
     ):
-        with pytest.raises(SettingsError, match="config.toml"):
+        with pytest.raises(SettingsError, match=r"config\.toml"):
             _load(tmp_path, text)

@@ -33,16 +33,22 @@ def call_grammar(tools: list[Tool]) -> str:
             f"the parameters of the tools that may be called are longer than {MOST_SCHEMA_BYTES} bytes together, which "
             "is too much to enforce", param="tools",
         )  # fmt: skip
-    calls = [_call_schema(tool, "" if len(tools) == 1 else f"/anyOf/{number}") for number, tool in enumerate(tools)]
-    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
     lenient = not any(tool.strict for tool in tools)
+    calls = [
+        _call_schema(tool, "" if len(tools) == 1 else f"/anyOf/{number}", lenient=lenient)
+        for number, tool in enumerate(tools)
+    ]
+    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
     return LLMatcher.grammar_from_json_schema(
         json.dumps(schema), overrides={"whitespace_pattern": _WHITE_SPACE, "lenient": lenient}
     )
 
 
-def _call_schema(tool: Tool, at: str) -> dict[str, Any]:
-    known = enforceable_schema(json.loads(tool.parameters)).schema
+def _call_schema(tool: Tool, at: str, *, lenient: bool) -> dict[str, Any]:
+    """``lenient``: keywords that are not known are passed over when the grammar is compiled."""
+    known, _, problem = enforceable_schema(json.loads(tool.parameters))
+    if problem and not tool.strict and not (lenient and _compiles(known)):
+        known = {}  # what is not strict must not make the call of another tool fail
     parameters = _rebased(known, f"#{at}/properties/arguments")
     if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
         parameters = {}
@@ -52,6 +58,11 @@ def _call_schema(tool: Tool, at: str) -> dict[str, Any]:
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
+
+
+def _compiles(schema: Any) -> bool:
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"lenient": True})
+    return not LLMatcher.validate_grammar(grammar)
 
 
 def _rebased(node: Any, root: str) -> Any:
