@@ -62,3 +62,21 @@ def test_a_running_answer_ends_with_the_old_files(home: Path, tmp_path: Path) ->
             rest = reading.result(30)
         assert b'"done_reason":"length"' in rest, rest[-300:]
         assert b"new" not in rest
+
+
+def test_prompts_are_counted_and_shown_with_the_template_that_is_there_now(home: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    make_parrot(tmp_path / "models" / "p", ["on", "ly"], chat_template=template)
+    messages = [{"role": "user", "content": "one"}]
+
+    def shown(router: RouterProcess) -> str:
+        body = {"model": "p", "messages": messages, "_debug_render_only": True, "stream": False}
+        return str(router.client.post("/api/chat", body))
+
+    with running_router(home, "--models-dir", str(tmp_path / "models")) as router:
+        assert "new: " not in shown(router)
+        before = router.client.post("/v1/messages/count_tokens", {"model": "p", "messages": messages})["input_tokens"]
+        (tmp_path / "models" / "p" / "chat_template.jinja").write_text("new: new: " + template)
+        assert "new: new: one" in shown(router)
+        after = router.client.post("/v1/messages/count_tokens", {"model": "p", "messages": messages})["input_tokens"]
+        assert after > before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mlx_router_server.catalogue.kinds import Kind
 from mlx_router_server.catalogue.names import DEFAULT_HOST, parse_name
 from mlx_router_server.catalogue.quantization import why_unreadable
 from mlx_router_shared.errors import InvalidRequest, ModelNotFound
+from mlx_router_worker.text.pooling import read_pooling
 
 
 def write_model(folder: Path, config: dict[str, Any] | None = None, **files: str) -> Path:
@@ -458,3 +460,53 @@ def test_an_adapter_that_is_trained_anew_is_noticed(tmp_path: Path) -> None:
     (adapter / "adapters.safetensors").write_bytes(b"22")
     assert builder.stamps() != before
     assert builder.build().listed[0].adapter_digest != entry.adapter_digest
+
+
+def test_a_name_that_is_no_utf_8_hides_nothing(tmp_path: Path) -> None:
+    write_model(tmp_path / "good")
+    bad = tmp_path / os.fsdecode(b"bad\xff")
+    bad.mkdir()
+    (bad / "config.json").write_text("{}")
+    os.mkfifo(write_model(tmp_path / "pipe") / os.fsdecode(b"p\xff.json"))
+    index = IndexBuilder(Sources(demo=False, folders=(tmp_path,)), None).build()
+    assert [entry.name.display for entry in index.listed] == ["good:latest"]
+    told = {name: each.reason for name, each in index.unservable.items()}
+    assert set(told) == {r"bad\xff", "pipe"}
+    assert "p\\xff.json is neither a file nor a folder" in told["pipe"]
+    json.dumps(told).encode()
+    "".join(told).encode()
+
+
+def test_what_lies_one_folder_down_is_looked_at(tmp_path: Path) -> None:
+    root, outside = tmp_path / "models", tmp_path / "outside.jinja"
+    outside.write_text("secret")
+    (write_model(root / "link") / "additional_chat_templates").mkdir()
+    (root / "link" / "additional_chat_templates" / "tool_use.jinja").symlink_to(outside)
+    (write_model(root / "pipe") / "1_Pooling").mkdir()
+    os.mkfifo(root / "pipe" / "1_Pooling" / "config.json")
+    pooled = write_model(root / "pooled") / "1_Pooling"
+    pooled.mkdir()
+    (pooled / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    builder = IndexBuilder(Sources(demo=False, folders=(root,)), None)
+    before, stamps = builder.build(), builder.stamps()
+    assert "leads out of the folder" in before.unservable["link"].reason
+    assert "1_Pooling/config.json is neither a file nor a folder" in before.unservable["pipe"].reason
+    (pooled / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    assert builder.stamps() != stamps
+    assert builder.build().listed[0].files.stamp != before.listed[0].files.stamp
+
+
+def test_weights_that_are_cut_short_are_not_servable(tmp_path: Path) -> None:
+    weights = write_model(tmp_path / "cut") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    index = IndexBuilder(Sources(demo=False, folders=(tmp_path,)), None).build()
+    assert "cut short" in index.unservable["cut"].reason
+
+
+def test_pooling_is_read_inside_of_the_model_only(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    model = write_model(tmp_path / "model")
+    (model / "modules.json").write_text(json.dumps([{"type": "x.Pooling", "path": str(outside)}]))
+    assert read_pooling(model).kind == "lasttoken"

@@ -6,6 +6,7 @@ One such worker serves all models; it keeps the tokenizers that were used last.
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -65,15 +66,23 @@ class TokenizerEngine:
         self._renderers.clear()
 
     def _renderer(self, path: str) -> PromptRenderer:
-        renderer = self._renderers.get(path)
+        key = f"{path}\0{_stamp(path)}"
+        renderer = self._renderers.get(key)
         if renderer is None:
             self._guard.refuse(path)
             config: dict[str, Any] = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
             tokenizer = load_tokenizer(Path(path), {"trust_remote_code": False})
             size = int(text_config(config).get("vocab_size") or len(tokenizer))
             renderer = PromptRenderer(tokenizer, context_tokens(config), size)
-        self._renderers[path] = renderer
-        self._renderers.move_to_end(path)
+        self._renderers[key] = renderer
+        self._renderers.move_to_end(key)
         if len(self._renderers) > _MOST_TOKENIZERS:
             self._renderers.popitem(last=False)
         return renderer
+
+
+def _stamp(folder: str) -> str:
+    """What changes when a file is written that the prompts of a model depend on."""
+    with os.scandir(folder) as entries:
+        files = [entry for entry in entries if entry.name.endswith((".json", ".jinja", ".model")) and entry.is_file()]
+        return repr(sorted((entry.name, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in files))

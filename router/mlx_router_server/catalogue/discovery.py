@@ -34,7 +34,12 @@ class Found:
         """The first of its files that is a link to somewhere else; empty when there is none."""
         if self.root is None:
             return ""
-        return next((path.name for path in sorted(self.path.iterdir()) if not _inside(path, self.root)), "")
+        own = sorted(self.path.iterdir())
+        below = [
+            path for folder in own if folder.is_dir() and not folder.is_symlink() for path in sorted(folder.iterdir())
+        ]
+        strays = (path for path in [*own, *below] if not _inside(path, self.root))
+        return next((str(path.relative_to(self.path)) for path in strays), "")
 
 
 def hub_cache(environment: dict[str, str]) -> Path:

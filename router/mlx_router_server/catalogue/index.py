@@ -7,6 +7,7 @@ created here, extra folders, the Hugging Face cache. Runs in a thread; what it r
 from __future__ import annotations
 
 import logging
+import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -168,7 +169,8 @@ class IndexBuilder:
             entries[target] = replace(entries[target], aliases=tuple(sorted(shorts)))
         if self.is_complete:  # else a thread still reads, and what it has read is of use in the next build
             self._inspected = {key: files for key, files in self._inspected.items() if key in self._seen}
-        return self.corrected(Index(entries, aliases, unservable))
+        told = {_printable(name): replace(found, reason=_printable(found.reason)) for name, found in unservable.items()}
+        return self.corrected(Index(entries, aliases, told))
 
     def corrected(self, index: Index) -> Index:
         """The index with what workers have found out about the models."""
@@ -300,7 +302,7 @@ class IndexBuilder:
         if found.problem:
             return Unservable(reason=found.problem)
         try:
-            stats = {path.name: path.stat() for path in found.path.iterdir()}
+            stats = _stats(found.path)
         except OSError as error:
             return Unservable(reason=f"its folder cannot be read: {error.strerror or error}")
         for name, facts in stats.items():
@@ -328,9 +330,25 @@ class IndexBuilder:
                 log.exception("event=model_unreadable path=%r", str(found.path))
                 known = Unservable(reason=f"its files make no sense: {type(error).__name__}: {error}")
             if isinstance(known, ModelFiles):
-                known = replace(known, stamp=digest_of(item for item in listing if is_loaded(item[0])))
+                known = replace(
+                    known, stamp=digest_of(item for item in listing if is_loaded(item[0].rpartition("/")[2]))
+                )
             self._inspected[key] = known
         return known
+
+
+def _stats(folder: Path) -> dict[str, os.stat_result]:
+    """Of everything in a folder and in the folders in it, by relative path. Raises ``OSError``."""
+    stats = {path.name: path.stat() for path in folder.iterdir()}
+    for name, facts in list(stats.items()):
+        if stat.S_ISDIR(facts.st_mode) and not name.startswith("."):
+            stats |= {f"{name}/{path.name}": path.stat() for path in (folder / name).iterdir()}
+    return stats
+
+
+def _printable(text: str) -> str:
+    """Return a name of the file system as text: bytes that are no UTF-8 are escaped."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _with_registered(entry: ModelEntry, said: Registered) -> ModelEntry:

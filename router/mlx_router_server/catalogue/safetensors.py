@@ -6,6 +6,7 @@ https://huggingface.co/docs/safetensors.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -69,8 +70,14 @@ def _header(file: Path) -> dict[str, _Tensor]:
             if not 2 <= length <= _LARGEST_HEADER:
                 raise ValueError(f"{file.name} is not a safetensors file")
             raw = msgspec.json.decode(stream.read(length), type=dict[str, msgspec.Raw])
-            return {
-                name: msgspec.json.decode(value, type=_Tensor) for name, value in raw.items() if name != "__metadata__"
-            }
+            room = os.fstat(stream.fileno()).st_size - 8 - length
+        tensors = {
+            name: msgspec.json.decode(value, type=_Tensor) for name, value in raw.items() if name != "__metadata__"
+        }
+        for tensor in tensors.values():
+            begin, end = tensor.data_offsets
+            if not 0 <= begin <= end <= room:
+                raise ValueError(f"{file.name} is cut short: its weights reach beyond its end")
+        return tensors
     except (OSError, msgspec.DecodeError) as error:
         raise ValueError(f"{file.name} cannot be read as safetensors: {error}") from None

@@ -43,7 +43,12 @@ def stamp(path: Path) -> list[tuple[str, int]]:
     try:
         stamps.append((str(path), path.stat().st_mtime_ns))
         with os.scandir(path) as entries:
-            files = [(entry.name, entry.stat().st_mtime_ns) for entry in entries if _is_model_file(entry)]
+            found = list(entries)
+        files = [(entry.name, entry.stat().st_mtime_ns) for entry in found if _is_model_file(entry)]
+        for folder in found:
+            if is_loaded(folder.name) and _is_folder(folder):
+                with os.scandir(folder.path) as entries:
+                    files += [(f"{folder.name}/{entry.name}", entry.stat().st_mtime_ns) for entry in entries]
     except NotADirectoryError:
         return stamps
     except OSError:

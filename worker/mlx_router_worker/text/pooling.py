@@ -37,7 +37,7 @@ def read_pooling(folder: Path, default: Kind = "lasttoken") -> Pooling:
     paths = [str(module.get("path", "")) for module in modules if isinstance(module, dict)]
     kind = default
     for name, path in zip(kinds, paths, strict=True):
-        if name == "Pooling" and path and ".." not in path:
+        if name == "Pooling" and path and ".." not in path and not Path(path).is_absolute():
             pooling = _read(folder / path / "config.json")
             kind = _kind(pooling, default) if isinstance(pooling, dict) else default
     return Pooling(kind, "Normalize" in kinds)
@@ -61,7 +61,7 @@ def _kind(config: dict[str, Any], default: Kind) -> Kind:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
