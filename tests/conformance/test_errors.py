@@ -122,3 +122,54 @@ def test_unknown_addresses(router: RouterProcess, path: str) -> None:
         assert reply.json()["error"]["code"] == "unknown_url"
     else:
         assert reply.body == b"404 page not found"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "x"}], "bogus": 1}, "bogus"),
+        ("/v1/responses/input_tokens", {"input": "x", "bogus": 1}, "bogus"),
+        (
+            "/api/chat",
+            {"messages": [{"role": "user", "content": "x"}], "_debug_render_only": True, "bogus": 1},
+            "bogus",
+        ),
+        ("/api/generate", {"bogus": 1}, "bogus"),
+        ("/api/chat", {"options": {"num_gpu": 1}}, "options.num_gpu"),
+    ],
+)
+def test_routes_that_generate_nothing_name_what_they_ignore(
+    fleet: RouterProcess, path: str, body: dict[str, Any], field: str
+) -> None:
+    reply = call(fleet, "POST", path, {"model": "demo", **body})
+    assert reply.status == 200, reply.body
+    assert field in reply.headers["x-ignored-fields"]
+
+
+@pytest.mark.parametrize("body", [{"options": {"temperature": "hot"}}, {"format": "xml"}, {"think": "bogus"}])
+@pytest.mark.parametrize("path", ["/api/generate", "/api/chat"])
+def test_a_call_that_only_loads_is_checked_like_any_other(
+    fleet: RouterProcess, path: str, body: dict[str, Any]
+) -> None:
+    assert call(fleet, "POST", path, {"model": "demo", **body}).status == 400
+
+
+def test_a_history_as_servers_send_it_is_not_reported(fleet: RouterProcess) -> None:
+    made = {"id": "call_1", "type": "function", "index": 0, "function": {"name": "f", "arguments": "{}"}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [made]},
+        {"role": "tool", "content": "1", "tool_call_id": "call_1"},
+    ]  # fmt: skip
+    body = {"model": "demo", "messages": messages, "max_tokens": 1}
+    assert "x-ignored-fields" not in call(fleet, "POST", "/v1/chat/completions", body).headers
+    native = {"id": "call_1", "function": {"index": 0, "name": "f", "arguments": {}}}
+    messages[1]["tool_calls"] = [native]
+    native_body = {"model": "demo", "messages": messages, "options": {"num_predict": 1}, "stream": False}
+    assert "x-ignored-fields" not in call(fleet, "POST", "/api/chat", native_body).headers
+
+
+def test_a_tool_output_of_plain_strings_is_not_lost(fleet: RouterProcess) -> None:
+    items = [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+             {"type": "function_call_output", "call_id": "c", "output": ["lost"]}]  # fmt: skip
+    reply = call(fleet, "POST", "/v1/responses", {"model": "demo", "input": items})
+    assert (reply.status, reply.json()["error"]["param"]) == (400, "input[1].output")

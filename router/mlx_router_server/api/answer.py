@@ -39,7 +39,7 @@ from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFou
 from mlx_router_shared.generation import Event, Failure, Finish, Started, error_of
 from mlx_router_shared.generation import Request as CanonicalRequest
 
-__all__ = ["Answer", "AnswerStyle", "admit", "answer", "load_only"]
+__all__ = ["Answer", "AnswerStyle", "admit", "answer", "ignored_header", "load_only", "refuse_ignored"]
 
 log = logging.getLogger(__name__)
 
@@ -73,14 +73,24 @@ async def admit(request: Request, call: Call) -> tuple[ModelEntry, Call]:
     """The model that a call is for, if it may be asked that, and the call as that model has it. Raises before a model
     is touched."""
     server = server_of(request)
-    if server.settings.strict and call.ignored:
-        names = ", ".join(call.ignored)
-        raise InvalidRequest(f"this server ignores {names}, and its operator wants that refused", param=call.ignored[0])
+    refuse_ignored(server, call.ignored)
     if not call.model.strip() and not server.settings.default_model:
         raise InvalidRequest("model is required", param="model")
     entry = await server.resolve(call.model, caller_of(request))
     server.check_capabilities(entry, call.model, call.needs)
     return entry, apply_overlay(call, entry.overlay)
+
+
+def refuse_ignored(server: Server, ignored: tuple[str, ...]) -> None:
+    """Raise ``InvalidRequest`` for fields that change nothing, where the operator wants that."""
+    if server.settings.strict and ignored:
+        names = ", ".join(ignored)
+        raise InvalidRequest(f"this server ignores {names}, and its operator wants that refused", param=ignored[0])
+
+
+def ignored_header(ignored: tuple[str, ...]) -> dict[str, str]:
+    """The header that names the fields which change nothing."""
+    return {"x-ignored-fields": shown_in_header(ignored)} if ignored else {}
 
 
 async def answer(request: Request, call: Call, style: AnswerStyle) -> Answer:

@@ -35,8 +35,9 @@ async def messages(request: Request) -> Answer:
 
 async def count(request: Request) -> Response:
     """Clients ask for many at once and do not expect to wait."""
-    tokens, _ = await count_tokens(request, await parse_body(request, parse_count))
-    return Response(msgspec.json.encode({"input_tokens": tokens}), media_type="application/json")
+    counted = await count_tokens(request, await parse_body(request, parse_count))
+    body = msgspec.json.encode({"input_tokens": counted.tokens})
+    return Response(body, headers=counted.headers, media_type="application/json")
 
 
 def routes() -> list[BaseRoute]:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from mlx_router_server.api.answer import Answer, AnswerStyle, answer, load_only
+from mlx_router_server.api.answer import Answer, AnswerStyle, answer, ignored_header, load_only, refuse_ignored
 from mlx_router_server.api.body import parse_body
 from mlx_router_server.api.count import count_tokens
 from mlx_router_server.api.disconnect import unless_client_leaves
@@ -44,8 +44,8 @@ _JSON: Final = "application/json; charset=utf-8"
 _LOADED: Final = (State.READY, State.DRAINING, State.STOPPING)
 
 
-def _json(data: Any) -> Response:
-    return Response(msgspec.json.encode(data), media_type=_JSON)
+def _json(data: Any, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(data), headers=headers, media_type=_JSON)
 
 
 async def root(request: Request) -> Response:
@@ -192,9 +192,10 @@ async def _generate(request: Request, kind: Literal["chat", "generate"], asked: 
     if asked.render_only:
         (canonical,) = asked.call.requests
         assert isinstance(canonical, GenerationRequest)
-        _, prompt = await count_tokens(request, asked.call)
+        counted = await count_tokens(request, asked.call)
         images = sum(len(message.images) for message in canonical.messages)
-        return _json(answers.rendered_prompt(kind, asked.model, time.time(), prompt, images))
+        rendered = answers.rendered_prompt(kind, asked.model, time.time(), counted.text, images)
+        return _json(rendered, counted.headers)
     style = AnswerStyle(
         whole=lambda transcripts, moment: answers.render_answer(kind, asked.model, transcripts[0], moment),
         stream=lambda: answers.OllamaStream(kind, asked.model),
@@ -207,12 +208,14 @@ async def _generate(request: Request, kind: Literal["chat", "generate"], asked: 
 
 async def _load_or_unload(request: Request, kind: Literal["chat", "generate"], asked: GenerateCall) -> Response:
     server = server_of(request)
+    refuse_ignored(server, asked.ignored)
     plan = server.plan(await server.resolve(asked.model, caller_of(request)))
+    headers = ignored_header(asked.ignored)
     if asked.keep_alive_seconds == 0:
         server.unload_for_client(plan.spec.name)
-        return _json(answers.load_answer(kind, asked.model, time.time(), "unload"))
+        return _json(answers.load_answer(kind, asked.model, time.time(), "unload"), headers)
     await unless_client_leaves(request.receive, load_only(server, plan, read_wishes(request, asked.keep_alive_seconds)))
-    return _json(answers.load_answer(kind, asked.model, time.time(), "load"))
+    return _json(answers.load_answer(kind, asked.model, time.time(), "load"), headers)
 
 
 async def embed(request: Request) -> Answer | Response:

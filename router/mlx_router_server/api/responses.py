@@ -28,8 +28,8 @@ def _new_id(prefix: str) -> str:
     return prefix + secrets.token_hex(16)
 
 
-def _json(data: Any) -> Response:
-    return Response(msgspec.json.encode(data), media_type="application/json")
+def _json(data: Any, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(data), headers=headers, media_type="application/json")
 
 
 async def create(request: Request) -> Answer:
@@ -120,8 +120,8 @@ async def input_items(request: Request) -> Response:
 
 async def input_tokens(request: Request) -> Response:
     asked = await parse_body(request, parse_responses)
-    tokens, _ = await count_tokens(request, asked.after(_history(request, asked)))
-    return _json({"object": "response.input_tokens", "input_tokens": tokens})
+    counted = await count_tokens(request, asked.after(_history(request, asked)))
+    return _json({"object": "response.input_tokens", "input_tokens": counted.tokens}, counted.headers)
 
 
 def routes() -> list[BaseRoute]:

@@ -42,11 +42,13 @@ _THINKS_NOT: Final = '"{name}" does not support thinking'
 class _Function(Struct, kw_only=True):
     name: str
     arguments: dict[str, Any] | str = field(default_factory=dict)
+    index: int = 0
 
 
 class _Call(Struct, kw_only=True):
     function: _Function
     id: str = ""
+    type: str = "function"
 
 
 class _Message(Struct, kw_only=True):
@@ -164,6 +166,8 @@ class GenerateCall(Struct, frozen=True, kw_only=True):
     model: str
     keep_alive_seconds: float | None
     call: Call | None
+    ignored: tuple[str, ...] = ()
+    """Of a call that only loads; ``call`` has those of any other."""
     render_only: bool = False
 
 
@@ -175,7 +179,7 @@ def parse_chat(body: bytes) -> GenerateCall:
     _check_common(chat)
     keep_alive = _keep_alive(chat.keep_alive)
     if not chat.messages:
-        return GenerateCall(model=chat.model, keep_alive_seconds=keep_alive, call=None)
+        return _load_call(chat, keep_alive, ignored)
     messages = _messages(chat.messages)
     tools = read_tools(chat.tools, ignored)
     needs = {Needs.COMPLETION: Need('"{name}" does not support chat')}
@@ -198,7 +202,7 @@ def parse_generate(body: bytes) -> GenerateCall:
     keep_alive = _keep_alive(generate.keep_alive)
     images = [image_from_base64(text, "images") for text in generate.images]
     if not generate.prompt:
-        return GenerateCall(model=generate.model, keep_alive_seconds=keep_alive, call=None)
+        return _load_call(generate, keep_alive, ignored)
     if generate.raw and (generate.template or generate.system or generate.context):
         raise InvalidRequest("raw mode does not support template, system, or context")
     needs = {Needs.COMPLETION: Need('"{name}" does not support generate')}
@@ -219,6 +223,19 @@ def parse_generate(body: bytes) -> GenerateCall:
         system = [Message(role=Role.SYSTEM, content=generate.system)] if generate.system else []
         more["messages"] = [*system, Message(role=Role.USER, content=generate.prompt, images=images)]
     return _generate_call(generate, keep_alive, needs, ignored, **more)
+
+
+def _load_call(body: _Common, keep_alive: float | None, ignored: list[str]) -> GenerateCall:
+    """A call that only loads; what is wrong in it is refused all the same."""
+    options = parse_options(body.options)
+    _thinking(body.think)
+    _schema(body.format)
+    return GenerateCall(
+        model=body.model,
+        keep_alive_seconds=keep_alive,
+        call=None,
+        ignored=(*ignored, *_option_names(options)),
+    )
 
 
 def _generate_call(

@@ -101,6 +101,8 @@ class _Function(Struct, kw_only=True):
 class _ToolCall(Struct, kw_only=True):
     function: _Function
     id: str = ""
+    type: str = "function"
+    index: int = 0
 
 
 class _Message(Struct, kw_only=True):

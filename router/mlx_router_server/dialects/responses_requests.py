@@ -308,7 +308,9 @@ def _add_call(out: list[Message], item: dict[str, Any], at: str, thought: str) -
 def _output(item: dict[str, Any], at: str) -> Message:
     output = item.get("output", "")
     if isinstance(output, list):
-        parts = [read_part(part, f"{at}.output[{n}]") for n, part in enumerate(output) if isinstance(part, dict)]
+        if not all(isinstance(part, dict) for part in output):
+            raise InvalidRequest(f"{at}.output has to be a string or a list of parts", param=f"{at}.output")
+        parts = [read_part(part, f"{at}.output[{n}]") for n, part in enumerate(output)]
         if any(isinstance(part, bytes) for part in parts):
             raise UnsupportedCapability("images in the output of a tool are not supported", param=f"{at}.output")
         output = "".join(part for part in parts if isinstance(part, str))
