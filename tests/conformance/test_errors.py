@@ -173,3 +173,44 @@ def test_a_tool_output_of_plain_strings_is_not_lost(fleet: RouterProcess) -> Non
              {"type": "function_call_output", "call_id": "c", "output": ["lost"]}]  # fmt: skip
     reply = call(fleet, "POST", "/v1/responses", {"model": "demo", "input": items})
     assert (reply.status, reply.json()["error"]["param"]) == (400, "input[1].output")
+
+
+_SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/chat/completions", {"response_format": {"type": "text", "schema": _SCHEMA}}, "response_format.type"),
+        (
+            "/v1/chat/completions",
+            {"response_format": {"type": "json_schema", "json_schema": "x"}},
+            "response_format.json_schema",
+        ),
+        ("/v1/responses", {"text": {"format": "json_object"}}, "text.format"),
+        ("/v1/responses", {"reasoning": {"effort": 3}}, "reasoning.effort"),
+        ("/v1/messages", {"thinking": {"type": "bogus"}}, "thinking.type"),
+        ("/v1/messages", {"output_config": {"effort": "bogus"}}, "output_config.effort"),
+        ("/v1/messages", {"output_config": {"effort": ["low"]}}, "output_config.effort"),
+    ],
+)
+def test_a_form_that_is_none_is_refused_and_not_dropped(
+    fleet: RouterProcess, path: str, body: dict[str, Any], field: str
+) -> None:
+    reply = call(fleet, "POST", path, {**body_for(path, model="demo", max_tokens=4), **body})
+    assert reply.status == 400, reply.body
+    assert field in reply.body.decode()
+
+
+def test_a_schema_without_its_type_and_one_beside_a_forced_tool(fleet: RouterProcess) -> None:
+    body = {"model": "random", "messages": [{"role": "user", "content": "go"}], "max_tokens": 60, "temperature": 0}
+    reply = call(
+        fleet, "POST", "/v1/chat/completions", {**body, "response_format": {"json_schema": {"schema": _SCHEMA}}}
+    )
+    assert reply.json()["choices"][0]["message"]["content"].startswith("{")
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": _SCHEMA}}
+    forced = {**body, "tools": [tool], "tool_choice": "required", "response_format": form}
+    reply = call(fleet, "POST", "/v1/chat/completions", forced)
+    assert reply.status == 200, reply.body
+    assert "response_format" in reply.headers["x-ignored-fields"]

@@ -21,6 +21,7 @@ from mlx_router_shared.generation import GenerationRequest, Role, Sampling, Tool
 __all__ = ["COUNT_FIELDS", "MESSAGE_FIELDS", "MessagesCall", "parse_count", "parse_messages"]
 
 _DEFAULTS: Final = Sampling(temperature=1.0)
+_THINKING: Final = ("enabled", "disabled", "adaptive", "between_tools")
 _EFFORTS: Final = {"low": "low", "medium": "medium", "high": "high", "xhigh": "max", "max": "max"}
 # What a hosted service runs itself; here nobody does, so the model is not told of it.
 _SERVER_TOOLS: Final = (
@@ -140,9 +141,10 @@ def parse_messages(body: bytes) -> MessagesCall:
     options = parse_options(asked.options)
     said = options.sampling
     prompt, needs = _prompt(asked, ignored)
-    schema = None if prompt["forced_tools"] else _schema(asked)
+    schema = _schema(asked)
     if schema is not None:
-        ignored += schema.ignored
+        ignored += ["output_config.format"] if prompt["forced_tools"] else schema.ignored
+    schema = None if prompt["forced_tools"] else schema  # a call that is forced leaves no room for another form
     prompt["max_tool_calls"] = 1 if asked.tool_choice.get("disable_parallel_tool_use") else None
     request = GenerationRequest(
         **prompt,
@@ -195,15 +197,22 @@ def _prompt(asked: _CountBody, ignored: list[str]) -> tuple[dict[str, Any], dict
         # Claude Code knows these words: it then goes on without the picture, instead of giving up.
         needs[Needs.VISION] = Need("Could not process image: {full} does not support images", "messages")
     last = messages[-1]
-    thinking = asked.thinking.get("type") in ("enabled", "adaptive", "between_tools")
+    kind = asked.thinking.get("type") or "disabled"
+    if kind not in _THINKING:
+        raise InvalidRequest(f"thinking.type must be one of {', '.join(_THINKING)}", param="thinking.type")
+    thinking = kind != "disabled"
     effort = asked.output_config.get("effort")
+    if effort and (not isinstance(effort, str) or effort not in _EFFORTS):
+        raise InvalidRequest(f"output_config.effort must be one of {', '.join(_EFFORTS)}", param="output_config.effort")
+    if effort and not thinking:
+        ignored.append("output_config.effort")
     return {
         "messages": messages,
         "continue_final": last.role is Role.ASSISTANT and not last.tool_calls,
         "tools": use.offered,
         "forced_tools": use.forced,
         "thinking": thinking,
-        "thinking_effort": _EFFORTS.get(effort) if thinking and isinstance(effort, str) else None,
+        "thinking_effort": _EFFORTS[effort] if thinking and effort else None,
     }, needs
 
 

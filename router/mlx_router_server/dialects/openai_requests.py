@@ -213,9 +213,10 @@ def parse_chat_completion(body: bytes) -> Call:
         if image_at:
             needs.setdefault(Needs.VISION, Need("{full} does not support images", image_at))
         messages.append(message)
-    schema = None if use.forced else read_response_format(chat.response_format, "response_format")
+    schema = read_response_format(chat.response_format, "response_format")
     if schema is not None:
-        ignored += schema.ignored
+        ignored += ["response_format"] if use.forced else schema.ignored
+    schema = None if use.forced else schema  # a call that is forced leaves no room for another form
     template_arguments = {k: v for k, v in chat.chat_template_kwargs.items() if k not in _OWN_TEMPLATE_ARGUMENTS}
     ignored += [f"chat_template_kwargs.{name}" for name in chat.chat_template_kwargs if name in _RESERVED_ARGUMENTS]
     request = _request(
@@ -321,13 +322,17 @@ def _check_logprobs(chat: _ChatBody) -> None:
 def read_response_format(form: dict[str, Any], param: str) -> AnswerSchema | None:
     """The schema that the answer has to satisfy. Chat nests it under ``json_schema``, responses have it beside
     ``type``, and llama.cpp's clients have it beside the type ``json_object`` too."""
-    kind = form.get("type") or "text"
+    kind = form.get("type") or ("json_schema" if "json_schema" in form else "text")
     if kind == "text":
+        if form.get("schema") or form.get("json_schema"):
+            raise InvalidRequest("a schema needs the type json_schema", param=f"{param}.type")
         return None
     if kind not in ("json_object", "json_schema"):
         raise InvalidRequest(f"unknown format {kind!r}: text, json_object or json_schema", param=f"{param}.type")
     inner = form.get("json_schema", form)
-    schema = inner.get("schema") if isinstance(inner, dict) else None
+    if not isinstance(inner, dict):
+        raise InvalidRequest("json_schema has to be an object", param=f"{param}.json_schema")
+    schema = inner.get("schema")
     if schema is None:
         return ANY_OBJECT
     if not isinstance(schema, dict):

@@ -168,18 +168,22 @@ def parse_responses(body: bytes) -> ResponsesCall:
     tools, namespaces = _tools(asked.tools, ignored)
     use = tool_use(tools, asked.tool_choice)
     effort = asked.reasoning.get("effort")
-    thinking, level = read_effort(effort if isinstance(effort, str) else None, "reasoning.effort")
+    if effort is not None and not isinstance(effort, str):
+        raise InvalidRequest("reasoning.effort has to be a string", param="reasoning.effort")
+    thinking, level = read_effort(effort, "reasoning.effort")
     options = parse_options(asked.options)
     needs = {Needs.COMPLETION: Need('"{name}" does not support chat')}
     if use.offered:
         needs[Needs.TOOLS] = Need("{full} does not support tools")
     if image_at:
         needs[Needs.VISION] = Need("{full} does not support images", image_at)
-    form = asked.text.get("format")
-    form = form if isinstance(form, dict) else {}
-    schema = None if use.forced else read_response_format(form, "text.format")
+    form = asked.text.get("format") or {}
+    if not isinstance(form, dict):
+        raise InvalidRequest("text.format has to be an object", param="text.format")
+    schema = read_response_format(form, "text.format")
     if schema is not None:
-        ignored += schema.ignored
+        ignored += ["text.format"] if use.forced else schema.ignored
+    schema = None if use.forced else schema  # a call that is forced leaves no room for another form
     logprobs = asked.top_logprobs is not None or "message.output_text.logprobs" in asked.include
     request = GenerationRequest(
         sampling=sampling_of(asked, options),
