@@ -154,3 +154,12 @@ def test_of_the_last_exchange_calls_go_with_their_results() -> None:
     call = [ToolCall(id="i", name="f")]
     messages = [_message("user", "task"), *([_message("assistant", tool_calls=call), _message("tool", "r")] * 3)]
     assert droppable(messages) == [[1, 2], [3, 4]], "the model has to answer to the last result"
+
+
+def test_a_run_of_user_turns_is_dropped_one_by_one_up_to_the_last() -> None:
+    """As a conversation has them whose answers were stopped before they began."""
+    user, answer, system = _message("user", "u"), _message("assistant", "a"), _message("system", "s")
+    assert droppable([user, user, user]) == [[0], [1]]
+    assert droppable([system, user, answer, user, system, user]) == [[1, 2], [3]]
+    assert droppable([user]) == []
+    assert droppable([answer, user, user]) == [[0], [1]]

@@ -6,9 +6,10 @@ whose traits could not be found out. Nothing that the client sent is left out of
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from msgspec.structs import replace
 
@@ -17,18 +18,15 @@ from mlx_router_worker.text.template_traits import CallStyle, TemplateTraits
 
 __all__ = ["conversation_forms", "merge_system", "merge_turns"]
 
-_CAUTIOUS: Final = (
-    TemplateTraits(system_anywhere=False, consecutive_turns=False),
-    TemplateTraits(system_anywhere=False, consecutive_turns=False, calls=CallStyle(short_ids=True, one_at_a_time=True)),
-    TemplateTraits(
-        system_first=False,
-        system_anywhere=False,
-        consecutive_turns=False,
-        assistant_first=False,
-        calls=None,
-        empty_answers=False,
-    ),
-)
+_CAUTIOUS: Final[tuple[dict[str, Any], ...]] = (
+    {"system_anywhere": False, "consecutive_turns": False},
+    {"system_anywhere": False, "consecutive_turns": False, "calls": CallStyle(short_ids=True, one_at_a_time=True)},
+    {
+        "system_first": False, "system_anywhere": False, "consecutive_turns": False, "assistant_first": False,
+        "calls": None, "empty_answers": False,
+    },
+)  # fmt: skip
+"""What is assumed beside what the template was found to take, where that raises."""
 _OPENING: Final = "(The assistant begins.)"
 """What a user says before a greeting, where the assistant may not begin."""
 
@@ -36,7 +34,7 @@ _OPENING: Final = "(The assistant begins.)"
 def conversation_forms(messages: list[Message], traits: TemplateTraits) -> Iterator[tuple[list[Message], CallStyle]]:
     """Yield the forms to try, the best first, with the style of their calls."""
     seen: list[tuple[list[Message], CallStyle]] = []
-    for candidate in (traits, *_CAUTIOUS):
+    for candidate in (traits, *(dataclasses.replace(traits, **less) for less in _CAUTIOUS)):
         form = _shaped(messages, candidate), candidate.calls or CallStyle()
         if form not in seen:
             seen.append(form)

@@ -118,9 +118,9 @@ def tools_as_text(tools: list[dict[str, Any]]) -> str:
 def droppable(messages: list[Message]) -> list[list[int]]:
     """The parts of a conversation that may be left out, oldest first, each as the numbers of its turns.
 
-    First the exchanges, each from a turn of the user (or a greeting) to the next; then, of the last exchange, the calls
-    with their results. So neither the last turn of the user nor a system turn is left out, no result stands without its
-    call, and what is left begins with a user.
+    First the exchanges, each from a turn of the user (or a greeting) to the next; then, of the last exchange, all but
+    the last of the user's turns that begin it, and the calls with their results. So neither the last turn of the user
+    nor a system turn is left out, no result stands without its call, and what is left begins with a user.
     """
     starts = [at for at in range(len(messages)) if _begins_exchange(messages, at)]
     parts = [
@@ -128,6 +128,13 @@ def droppable(messages: list[Message]) -> list[list[int]]:
         for start, following in pairwise(starts)
     ]
     at = starts[-1] + 1 if starts else len(messages)
+    users = [starts[-1]] if starts and messages[starts[-1]].role is Role.USER else []
+    for number in range(at, len(messages) if users else at):
+        if messages[number].role not in (Role.USER, Role.SYSTEM):
+            break
+        if messages[number].role is Role.USER:
+            users.append(number)
+    parts += [[number] for number in users[:-1]]
     while at < len(messages):
         end = at + 1
         while end < len(messages) and messages[end].role is Role.TOOL:
