@@ -28,7 +28,8 @@ def _raw_deflate(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("encoding", "encode"),
     [("gzip", gzip.compress), ("x-gzip", gzip.compress), ("deflate", zlib.compress), ("deflate", _raw_deflate),
-     ("identity", bytes), ("GZIP", gzip.compress), ("deflate, gzip", lambda data: gzip.compress(zlib.compress(data)))],
+     ("identity", bytes), ("GZIP", gzip.compress), ("deflate, gzip", lambda data: gzip.compress(zlib.compress(data))),
+     ("gzip", lambda data: gzip.compress(data[:5]) + gzip.compress(data[5:]))],
 )  # fmt: skip
 def test_a_compressed_body_is_read(demo_router: RouterProcess, encoding: str, encode: Callable[[bytes], bytes]) -> None:
     reply = call(demo_router, "POST", "/api/chat", encode(_JSON), Content_Encoding=encoding)
@@ -40,8 +41,12 @@ def test_a_compressed_body_is_read(demo_router: RouterProcess, encoding: str, en
     ("encoding", "body", "status", "text"),
     [("br", _JSON, 415, "not supported"), ("zstd", _JSON, 415, "not supported"), ("gzip", _JSON, 400, "is not gzip"),
      ("gzip", gzip.compress(_JSON)[:-9], 400, "cut off"),
+     ("gzip", gzip.compress(_JSON) + b"rubbish", 400, "is not gzip"),
+     ("deflate", zlib.compress(_JSON) + b"x", 400, "follows the end"),
+     ("gzip", gzip.compress(b"") * 100 + gzip.compress(_JSON), 400, "more than 64 members"),
+     ("gzip", gzip.compress(b"") * 3 + gzip.compress(b" " * 40_000_000), 413, "max_body_bytes"),
      ("gzip", gzip.compress(b" " * 40_000_000 + _JSON), 413, "max_body_bytes")],
-    ids=["br", "zstd", "plain", "cut", "bomb"],  # the bytes of gzip hold the time
+    ids=["br", "zstd", "plain", "cut", "rubbish", "tail", "many", "members", "bomb"],  # the bytes of gzip hold the time
 )  # fmt: skip
 def test_an_encoding_that_cannot_be_read_is_named(
     demo_router: RouterProcess, encoding: str, body: bytes, status: int, text: str

@@ -19,6 +19,8 @@ _SMALL_BYTES: Final = 16 * 2**10
 """A body up to this size is parsed on the event loop: that takes less than handing it to a thread."""
 _MOST_CONTAINERS: Final = 400_000
 """Objects and arrays in a body. The decoder holds the interpreter's lock for about 0.5 ms per 1,000 of them."""
+_MOST_MEMBERS: Final = 64
+"""Of a gzip body: each costs a copy of what follows it."""
 _WINDOW_BITS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
 Parsed = TypeVar("Parsed")
@@ -78,17 +80,27 @@ def _decompress(body: bytes, encodings: list[str], limit: int) -> bytes:
     for name in reversed(encodings):  # in the order in which they were applied
         if name not in _WINDOW_BITS:
             raise UnsupportedEncoding(f"Content-Encoding {name!r} is not supported: gzip, deflate or none")
-        decompressor = zlib.decompressobj(_WINDOW_BITS[name])
-        try:
-            if name == "deflate" and body[:1] and body[0] & 0x0F != 8:
-                decompressor = zlib.decompressobj(-15)  # without zlib's header, as some clients send it
-            decoded = decompressor.decompress(body, limit + 1)
-        except zlib.error as error:
-            raise InvalidRequest(f"the body is not {name} as its Content-Encoding says: {error}") from None
-        if len(decoded) > limit:
-            raise _too_large(limit)
-        if not decompressor.eof:
-            raise InvalidRequest(f"the {name} body is cut off")
+        bits = _WINDOW_BITS[name]
+        if name == "deflate" and body[:1] and body[0] & 0x0F != 8:
+            bits = -15  # without zlib's header, as some clients send it
+        decoded = b""
+        for _ in range(_MOST_MEMBERS):
+            decompressor = zlib.decompressobj(bits)
+            try:
+                decoded += decompressor.decompress(body, limit + 1 - len(decoded))
+            except zlib.error as error:
+                raise InvalidRequest(f"the body is not {name} as its Content-Encoding says: {error}") from None
+            if len(decoded) > limit:
+                raise _too_large(limit)
+            if not decompressor.eof:
+                raise InvalidRequest(f"the {name} body is cut off")
+            body = decompressor.unused_data
+            if not body:
+                break
+            if name == "deflate":
+                raise InvalidRequest("something follows the end of the deflate body")
+        else:
+            raise InvalidRequest(f"the {name} body has more than {_MOST_MEMBERS} members")
         body = decoded
     return body
 

@@ -102,8 +102,9 @@ class Client:
     def get(self, path: str) -> Any:
         return self._whole("GET", path, None, _LOOK_SECONDS)
 
-    def post(self, path: str, body: Any = None) -> Any:
-        return self._whole("POST", path, body)
+    def post(self, path: str, body: Any = None, *, answer_seconds: float | None = None) -> Any:
+        """``answer_seconds``: the longest silence of an answer that needs no model."""
+        return self._whole("POST", path, body, answer_seconds)
 
     def delete(self, path: str, body: Any) -> int:
         """The bytes that are free again."""

@@ -16,6 +16,7 @@ from mlx_router_server.version import __version__
 
 __all__ = ["list_models", "load", "pin", "plan", "ps", "show", "status", "stop", "unload", "unpin", "version"]
 
+_SHUTDOWN_SECONDS = 30.0
 _NOT_RUNNING = ("unloaded", "backoff", "failed")
 _PARTS = ("license", "modelfile", "parameters", "template", "system")
 _SHOWN_LINES = 4
@@ -234,7 +235,7 @@ def stop(options: argparse.Namespace, settings: Settings) -> int:
         return 0
     try:
         footprint = footprint_of(client.get("/admin/status"))
-        client.post("/admin/shutdown")
+        client.post("/admin/shutdown", answer_seconds=_SHUTDOWN_SECONDS)
     except (KeyError, TypeError):
         print(f"mlx-router: {client.url} is not an mlx-router; it is left alone", file=sys.stderr)
         return 1
