@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlx_router_server.cli.client import ApiError
+from mlx_router_server.cli.client import ApiError, NoRouter
 from tests.support.command import command_on
 from tests.support.fakes import fake_config
 from tests.support.http import call
@@ -88,10 +88,10 @@ def test_the_next_run_ends_workers_that_outlived_a_killed_router(home: Path) -> 
     next(stream)
     (worker,) = router.children()
     worker.suspend()  # it cannot see that its router is gone
+    wait_until(lambda: worker.status() == psutil.STATUS_STOPPED, "it is frozen")
     router.process.kill()
     router.process.wait(5)
     stream.close()
-    assert still_alive([worker]) == [worker]
     with running_router(home, *fake_config(home, {"a": {"tokens": 2}})) as following:
         # By this router, or by one that another test has started in the same moment.
         wait_until(lambda: not still_alive([worker]), "the leftover is gone", 5)
@@ -170,14 +170,13 @@ def test_a_killed_router_in_the_middle_of_streams_leaves_no_worker(home: Path) -
         try:
             for _ in stream:
                 pass
-        except Exception as error:
-            assert "broke off" in str(error)  # noqa: PT017  # in a thread: the barrier tells the test
+        except NoRouter:
             ended.wait(20)
 
     threads = [threading.Thread(target=listen, args=(model,), daemon=True) for model in "abc"]
     for thread in threads:
         thread.start()
-    wait_until(lambda: all(router.model(m)["tokens_total"] or router.model(m)["in_flight"] for m in "abc"), "all run")
+    wait_until(lambda: all(router.model(model)["tokens_total"] for model in "abc"), "all are answered")
     workers = router.children()
     assert len(workers) == 3
     router.process.kill()
