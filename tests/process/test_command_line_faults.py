@@ -6,15 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from tests.support.command import command
+from tests.support.program import serving
 from tests.support.router import DEADLINE, RouterProcess
 
 _PROGRAM = f"{sys.executable} -P -m mlx_router_server"
@@ -82,27 +80,11 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
-def _program(body: bytes) -> Iterator[int]:
-    server = HTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"body": body}))
-
-    def serve() -> None:
-        server.serve_forever(poll_interval=0.02)
-        server.server_close()
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        thread.join(DEADLINE)
-
-
 @pytest.mark.parametrize("body", [b'{"error": "Unexpected endpoint"}', b"[]", b""])
 def test_a_program_that_answers_everything_is_no_router(tmp_path: Path, body: bytes) -> None:
     """As LM Studio does."""
-    with _program(body) as port:
+    handler = type("Handler", (_Handler,), {"body": body})
+    with serving(HTTPServer(("127.0.0.1", 0), handler)) as port:
         for arguments in (
             ("list",),
             ("ps",),

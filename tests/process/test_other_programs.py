@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,17 +21,12 @@ from mlx_router_server.access.keys import local_key, renew_local_key
 from mlx_router_server.cli.client import Client
 from tests.support.command import command, command_on
 from tests.support.http import call
+from tests.support.program import serving
 from tests.support.router import DEADLINE, RouterProcess, running_router, wait_until
 
 _PID = os.getpid()
-
-
-def _has_ipv6() -> bool:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        return False
-    return True
+_ELSEWHERE = "127.0.0.2" if sys.platform == "linux" else "::1"
+"""Another address of this machine."""
 
 
 class _Recorder(BaseHTTPRequestHandler):
@@ -101,27 +97,17 @@ class _Relay(_Recorder):
         return reply.status, body, {"x-request-id": "1", "x-mlx-router-proof": proof}
 
 
-class _Server6(HTTPServer):
-    address_family = socket.AF_INET6
+class _ElsewhereServer(HTTPServer):
+    address_family = socket.AF_INET6 if ":" in _ELSEWHERE else socket.AF_INET
 
 
 @contextmanager
 def _listening(kind: type[_Recorder], port: int = 0) -> Iterator[tuple[int, list[str]]]:
     seen: list[str] = []
     handler: Any = type("Handler", (kind,), {"seen": seen})
-    server = _Server6(("::1", port), handler) if port else HTTPServer(("127.0.0.1", 0), handler)
-
-    def serve() -> None:
-        server.serve_forever(poll_interval=0.02)
-        server.server_close()
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
+    server = _ElsewhereServer((_ELSEWHERE, port), handler) if port else HTTPServer(("127.0.0.1", 0), handler)
+    with serving(server):
         yield server.server_port, seen
-    finally:
-        server.shutdown()
-        thread.join(DEADLINE)
 
 
 @pytest.mark.slow
@@ -136,11 +122,12 @@ def test_no_other_program_is_told_the_local_key(tmp_path: Path, kind: type[_Reco
             assert not [text for text in seen if key in text or "authorization" in text.lower()], arguments
 
 
-@pytest.mark.skipif(not _has_ipv6(), reason="the other address of this machine is ::1")
 def test_a_challenge_that_is_passed_on_to_a_router_proves_nothing(home: Path) -> None:
     with running_router(home) as router, _listening(_Relay, urlsplit(router.url).port or 0) as (port, seen):
         key = wait_until(lambda: local_key(home), "the router has written its local key")
-        assert Client(f"http://[::1]:{port}", local_key=key).get("/admin/config")["settings"]
+        assert Client(
+            f"http://{_ELSEWHERE}:{port}" if "." in _ELSEWHERE else f"http://[{_ELSEWHERE}]:{port}", local_key=key
+        ).get("/admin/config")["settings"]
         assert "x-mlx-router-challenge" in seen[0].lower()
         assert not [text for text in seen if key in text]
 
