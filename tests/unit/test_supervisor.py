@@ -69,7 +69,7 @@ def test_what_was_decided_before_a_defect_is_carried_out(
 
 
 def test_a_router_that_gives_up_exits_with_a_failure(tmp_path: Path) -> None:
-    """A service manager takes the end by a SIGTERM for a wish of the operator, and does not start it again."""
+    """A service manager treats an exit by SIGTERM as requested and does not restart the router."""
     script = """
 import sys
 from mlx_router_server.cli import main

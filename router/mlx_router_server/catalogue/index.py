@@ -108,7 +108,7 @@ class IndexBuilder:
         """By the digest of the weights."""
         self._scans = BoundedScans(_SCAN_SECONDS)
         self.is_complete = True
-        """Whether every folder answered in the last build; if not, it has to be repeated although nothing changed."""
+        """Whether every folder answered in the last build; if not, the next refresh builds again without a change."""
         self._last_found: dict[str, _Models] = {}
         """By the name of a scan, what it found when its folder last answered."""
         self._inspected: dict[_Inspected, ModelFiles | Unservable] = {}

@@ -331,7 +331,7 @@ def read_response_format(form: dict[str, Any], param: str) -> AnswerSchema | Non
         raise InvalidRequest(f"unknown format {kind!r}: text, json_object or json_schema", param=f"{param}.type")
     inner = form.get("json_schema", form)
     if not isinstance(inner, dict):
-        raise InvalidRequest("json_schema has to be an object", param=f"{param}.json_schema")
+        raise InvalidRequest("json_schema must be an object", param=f"{param}.json_schema")
     schema = inner.get("schema")
     if schema is None:
         return ANY_OBJECT

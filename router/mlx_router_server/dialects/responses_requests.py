@@ -169,7 +169,7 @@ def parse_responses(body: bytes) -> ResponsesCall:
     use = tool_use(tools, asked.tool_choice)
     effort = asked.reasoning.get("effort")
     if effort is not None and not isinstance(effort, str):
-        raise InvalidRequest("reasoning.effort has to be a string", param="reasoning.effort")
+        raise InvalidRequest("reasoning.effort must be a string", param="reasoning.effort")
     thinking, level = read_effort(effort, "reasoning.effort")
     options = parse_options(asked.options)
     needs = {Needs.COMPLETION: Need('"{name}" does not support chat')}
@@ -179,7 +179,7 @@ def parse_responses(body: bytes) -> ResponsesCall:
         needs[Needs.VISION] = Need("{full} does not support images", image_at)
     form = asked.text.get("format") or {}
     if not isinstance(form, dict):
-        raise InvalidRequest("text.format has to be an object", param="text.format")
+        raise InvalidRequest("text.format must be an object", param="text.format")
     schema = read_response_format(form, "text.format")
     if schema is not None:
         ignored += ["text.format"] if use.forced else schema.ignored
@@ -313,13 +313,13 @@ def _output(item: dict[str, Any], at: str) -> Message:
     output = item.get("output", "")
     if isinstance(output, list):
         if not all(isinstance(part, dict) for part in output):
-            raise InvalidRequest(f"{at}.output has to be a string or a list of parts", param=f"{at}.output")
+            raise InvalidRequest(f"{at}.output must be a string or a list of parts", param=f"{at}.output")
         parts = [read_part(part, f"{at}.output[{n}]") for n, part in enumerate(output)]
         if any(isinstance(part, bytes) for part in parts):
             raise UnsupportedCapability("images in the output of a tool are not supported", param=f"{at}.output")
         output = "".join(part for part in parts if isinstance(part, str))
     if not isinstance(output, str):
-        raise InvalidRequest(f"{at}.output has to be a string or a list of parts", param=f"{at}.output")
+        raise InvalidRequest(f"{at}.output must be a string or a list of parts", param=f"{at}.output")
     return Message(role=Role.TOOL, content=output, tool_call_id=str(item.get("call_id", "")) or None)
 
 

@@ -132,7 +132,7 @@ class _Console(logging.Handler):
                 self._dropped += 1
 
     def flush(self) -> None:
-        """Wait until everything is written, but not for ever."""
+        """Wait a bounded time until everything is written."""
         with self._lines.all_tasks_done:
             self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, _FLUSH_SECONDS)
 
