@@ -193,7 +193,7 @@ class _VisionRenderer(PromptRenderer):
     def text(self, request: GenerationRequest) -> str:
         """Return the text of a prompt. Raises ``ContextLengthExceeded`` for one that cannot fit."""
         self._refuse_hopeless(request, request.messages, self.context_of(request))
-        return str(self._chat(request, request.messages, tokenize=False))
+        return self._chat(request, request.messages)
 
     def _template_messages(self, messages: list[Message], style: CallStyle) -> list[dict[str, Any]]:
         entries = super()._template_messages(messages, style)

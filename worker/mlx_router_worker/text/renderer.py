@@ -16,6 +16,7 @@ from mlx_router_shared.generation import GenerationRequest, Message, Role
 from mlx_router_shared.infill import infill_format
 from mlx_router_worker.text.conversation import conversation_forms
 from mlx_router_worker.text.prompt import droppable, template_messages, template_tools, tools_as_text, without
+from mlx_router_worker.text.template_limits import TemplateOverrun, template_limits
 from mlx_router_worker.text.template_traits import CallStyle, TemplateTraits, probe_template, show_functions
 from mlx_router_worker.text.token_bytes import is_token
 
@@ -24,7 +25,10 @@ __all__ = ["PromptRenderer", "is_chat"]
 
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
 _COUNTED_TOKENS: Final = 500_000
-"""Prompts that are longer than this and than eight contexts are not counted."""
+"""Prompts that are longer than this and than eight contexts are not tokenised."""
+
+_LONGEST_TEXT: Final = 2**28
+"""Characters. More than any request can hold."""
 
 
 def _too_long(tokens: int, limit: int) -> ContextLengthExceeded:
@@ -52,6 +56,8 @@ class PromptRenderer:
         self._context_tokens = context_tokens
         self._vocabulary = vocabulary
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        self._overrun = ""
+        """What the chat template took too much of, for the shortest of conversations."""
 
     def context_of(self, request: GenerationRequest) -> int:
         """The limit that prompt and answer of this request stay in."""
@@ -146,15 +152,19 @@ class PromptRenderer:
 
     def count(self, request: GenerationRequest) -> tuple[int, str]:
         """The number of tokens of the whole prompt, and its text; does not mind whether it fits, within reason."""
-        self._refuse_hopeless(request, request.messages, max(8 * self._context_tokens, _COUNTED_TOKENS))
+        self._refuse_hopeless(request, request.messages, self._most_counted)
         tokens = self._tokens(request, request.messages)
-        text = self._chat(request, request.messages, tokenize=False) if is_chat(request) else None
-        return len(tokens), str(text if text is not None else self._tokenizer.decode(tokens))
+        text = self._chat(request, request.messages) if is_chat(request) else None
+        return len(tokens), text if text is not None else str(self._tokenizer.decode(tokens))
+
+    @property
+    def _most_counted(self) -> int:
+        return max(8 * self._context_tokens, _COUNTED_TOKENS)
 
     def _tokens(self, request: GenerationRequest, messages: list[Message]) -> list[int]:
         prefix = self._checked(request.prefix_tokens, "context")
         if is_chat(request):
-            return prefix + list(self._chat(request, messages, tokenize=True))
+            return prefix + list(self._tokenizer.encode(self._chat(request, messages), add_special_tokens=False))
         if request.prompt is None:
             return prefix + self._checked(request.prompt_tokens, "prompt")
         if request.suffix is None:
@@ -182,13 +192,16 @@ class PromptRenderer:
         """What the chat template accepts; found out when it is first needed."""
         if not self._tokenizer.has_chat_template:
             return TemplateTraits()
-        return probe_template(
-            lambda messages, **arguments: str(
-                self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, **self._special_tokens, **arguments
+        try:
+            with template_limits():
+                return probe_template(
+                    lambda messages, **arguments: self._template_text(
+                        messages, add_generation_prompt=True, **self._special_tokens, **arguments
+                    )
                 )
-            )
-        )
+        except TemplateOverrun as overrun:
+            self._overrun = str(overrun)
+            return TemplateTraits()
 
     @property
     def _special_tokens(self) -> dict[str, str]:
@@ -198,11 +211,12 @@ class PromptRenderer:
     def _template_messages(self, messages: list[Message], style: CallStyle) -> list[dict[str, Any]]:
         return template_messages(messages, self.traits, style)
 
-    def _chat(self, request: GenerationRequest, messages: list[Message], *, tokenize: bool) -> Any:
+    def _chat(self, request: GenerationRequest, messages: list[Message]) -> str:
+        """The text of the prompt. Raises ``InvalidRequest`` where the template makes none, and
+        ``ContextLengthExceeded`` for one that is not worth tokenising."""
         if not self._tokenizer.has_chat_template:
             raise UnsupportedCapability("this model has no chat template; it can only complete text")
         arguments: dict[str, Any] = self._special_tokens | json.loads(request.template_arguments or "{}")
-        arguments["tokenize"] = tokenize
         if request.continue_final:
             arguments["continue_final_message"] = True
         else:
@@ -212,6 +226,19 @@ class PromptRenderer:
         if request.thinking_effort is not None:
             arguments[self.traits.effort or "reasoning_effort"] = request.thinking_effort
         tools = template_tools(request.tools)
+        try:
+            if self.traits and self._overrun:
+                raise TemplateOverrun(self._overrun)
+            with template_limits():
+                text = self._render(messages, tools, arguments)
+        except TemplateOverrun as overrun:
+            raise InvalidRequest(f"the model's chat template {overrun}") from None
+        if self._least_tokens(len(text)) >= self._most_counted:
+            raise _too_long(self._least_tokens(len(text)), self.context_of(request))
+        return text
+
+    def _render(self, messages: list[Message], tools: list[dict[str, Any]], arguments: dict[str, Any]) -> str:
+        """The text of the prompt, in the first form of the conversation that the template takes."""
         first: Exception | None = None
         for form, style in conversation_forms(messages, self.traits):
             try:
@@ -230,7 +257,17 @@ class PromptRenderer:
 
     def _apply_template(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], arguments: dict[str, Any]
-    ) -> Any:
+    ) -> str:
         more: dict[str, Any] = {"tools": tools if tools or self.traits.empty_tools else None}
         messages, functions = show_functions(self.traits.functions, messages, tools)
-        return self._tokenizer.apply_chat_template(messages, **arguments, **more, **functions)
+        return self._template_text(messages, **arguments, **more, **functions)
+
+    def _template_text(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
+        """Render once. Raises what the template raises, and ``TemplateOverrun``."""
+        try:
+            text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
+        except MemoryError:
+            raise TemplateOverrun("needs too much memory") from None
+        if len(text) > _LONGEST_TEXT:
+            raise TemplateOverrun(f"makes a text of {len(text)} characters")
+        return text
