@@ -53,7 +53,8 @@ class Grammars:
         self._string_ends = [token for token, text in texts.items()
                              if len(text) > 1 and text[0] == _QUOTE and set(text[1:]) <= _BRACKETS]  # fmt: skip
         self._quote = self._single_tokens('"')
-        self._usual = self._single_tokens(*_SHORT_VALUES, *_USUAL)
+        spaced = (f" {value}" for value in _SHORT_VALUES)
+        self._usual = self._single_tokens(*_SHORT_VALUES, *spaced, *_USUAL)
         self._others = self._single_tokens(*_PUNCTUATION, *"0123456789")
         self._letters = [self._single_tokens(*map(chr, range(ord(first), ord(first) + 26))) for first in "aA"]
 
@@ -128,6 +129,14 @@ class Follower:
     def end_of_value(self) -> list[int] | None:
         """Few tokens after which the value that is being written may end; None if none were found."""
         return _WayOut(self._grammars).leave_value(self.copy())
+
+    def can_end_with(self, tokens: list[int]) -> bool:
+        """Whether these tokens may come next, and the text may end after them."""
+        if self._matcher.validate_tokens(tokens) < len(tokens):
+            return False
+        ahead = self._matcher.deep_copy()
+        ahead.consume_tokens(tokens)
+        return bool(ahead.is_accepting() or ahead.is_stopped()) and not ahead.is_error()
 
     def copy(self) -> Follower:
         """Another follower at the same point."""

@@ -23,10 +23,13 @@ from mlx_router_worker.text.grammar import Follower, Mask
 
 __all__ = ["AllBut", "Allowed", "Favourite", "Guide", "Markers", "as_mask"]
 
-_LONGEST_NUMBER: Final = 400
-"""Characters. Longer than any number that a program writes: a model that goes on will not stop by itself."""
-_LEAST_ANSWER: Final = 16  # tokens beyond the shortest answer that thinking leaves
-_MOST_TRIED: Final = 64  # tokens of a way out, up to which the model's own choice is tried first
+_LONGEST_NUMBER: Final = 4300
+"""Characters: the longest integer that Python reads. A model that goes on will not stop by itself."""
+_LEAST_ANSWER: Final = 16
+"""Tokens beyond the shortest answer that thinking leaves; less of a small budget."""
+_SPARE_PART: Final = 8
+_MOST_TRIED: Final = 64
+"""Tokens of a way out, up to which a new one is searched for after each choice of the model."""
 # One token can open a block and a name in it (`{"`): what has to be closed then, and the token itself.
 _MOST_GROWTH: Final = 8
 
@@ -93,7 +96,7 @@ class Guide:
         self._forced: deque[int] = deque()
         self._thought = 0
         self._most_thinking = max_thinking_tokens
-        self._left = budget
+        self._left = self._budget = budget
         self._recent: deque[int] = deque(maxlen=max(len(markers.think_end), len(markers.call_end), 1))
         self._last: int | None = None
         self._way: list[int] | None = None
@@ -225,7 +228,8 @@ class Guide:
         if self._reserve is None:
             # Where no way out is known, thinking leaves the least: nothing is gained by ending it early.
             needed = len(text.way_out() or ()) + len(self._lead)
-            self._reserve = len(self._markers.think_end) + needed + max(needed, _LEAST_ANSWER)
+            spare = min(max(needed, _LEAST_ANSWER), self._budget // _SPARE_PART)
+            self._reserve = len(self._markers.think_end) + needed + spare
         return self._reserve
 
     def _take_text(self, token: int) -> None:
@@ -291,14 +295,30 @@ class Guide:
     def _way_after(self, follower: Follower, token: int) -> list[int] | None:
         """The way out after another token than that of the known way, if there is time for it."""
         assert self._way is not None
-        if len(self._way) > _MOST_TRIED:
-            return None
         scout = follower.copy()
         scout.take(token)
         if scout.broken:
             return None
-        way = [] if scout.complete else scout.way_out()
+        if scout.complete:
+            way: list[int] | None = []
+        elif len(self._way) > _MOST_TRIED:
+            way = self._back_to_way(scout)
+        else:
+            way = scout.way_out()
         return way if way is not None and len(way) + self._tail < self._left else None
+
+    def _back_to_way(self, scout: Follower) -> list[int] | None:
+        """A way out that leaves the value that is being written and then goes on with a part of the known way: it costs
+        little, however long that is."""
+        assert self._way is not None
+        for leave in ([], scout.end_of_value()):
+            if leave is None:
+                continue
+            for start in range(_MOST_TRIED):
+                way = [*leave, *self._way[start:]]
+                if scout.can_end_with(way):
+                    return way
+        return None
 
     @property
     def _tail(self) -> int:
