@@ -21,7 +21,7 @@ from mlx_router_shared.generation import (
     ToolCallDone,
     ToolCallStarted,
 )
-from mlx_router_worker.text.json_calls import JsonCallReader, ReadCall, plain_json, read_json
+from mlx_router_worker.text.json_calls import JsonCallReader, ReadCall, calls_in, read_json, repaired
 from mlx_router_worker.text.stop_strings import StopStrings
 
 __all__ = ["AnswerBuilder", "ToolParser"]
@@ -65,6 +65,8 @@ class AnswerBuilder:
         self._calls = 0
         self._read = 0
         """Calls of the block that is being written."""
+        self._unread = ""
+        """What stands between those calls and is none."""
         self._reopened = False
         """What looked like the end of a call was inside one of its strings."""
         self._skipping = self._skipped = ""
@@ -205,6 +207,7 @@ class AnswerBuilder:
                 self._skip_marker(text, events)
                 return
             if text:
+                self._unread += self._reader.rest
                 self._reader = JsonCallReader()
 
     def _note_call(self, call: ReadCall, events: list[Event]) -> None:
@@ -249,6 +252,7 @@ class AnswerBuilder:
         text, self._call = self._call, ""
         reader, self._reader = self._reader, JsonCallReader()
         read, self._read = self._read, 0
+        unread, self._unread = self._unread + reader.rest, ""
         self._reopened = False
         if reader.begun and self._incremental:
             # A call of which parts have been sent cannot become text any more.
@@ -260,6 +264,8 @@ class AnswerBuilder:
         if read:
             self._space = ""
             self._at_edge = True
+            if unread:
+                events.append(TextDelta(text=unread))
             return
         calls = self._read_calls(text) if closed else None
         if calls is None:
@@ -287,29 +293,14 @@ class AnswerBuilder:
         """Name, arguments and the model's own id of each call; None if this is no call."""
         if self._parse_tool is None:
             return None
-        parsers = [read_json] if self._forced else [self._parse_tool, *([read_json] if self._json_calls else [])]
-        for parse in parsers:
+        attempts: list[tuple[ToolParser, str]] = []
+        if not self._forced:
+            attempts += [(self._parse_tool, text), (self._parse_tool, repaired(text))]
+        if self._json_calls:
+            attempts.append((read_json, text))
+        for parse, written in attempts:
             try:
-                return _as_calls(parse(text))
+                return calls_in(parse(written))
             except Exception:  # noqa: S112  # the parsers are many and raise what they like: this is no call for it
                 continue
         return None
-
-
-def _as_calls(parsed: Any) -> list[tuple[str, str, str]]:
-    """Raises ``ValueError`` for what is no call."""
-    calls = []
-    for call in parsed if isinstance(parsed, list) else [parsed]:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise ValueError("no name")
-        arguments = call.get("arguments", call.get("parameters")) or {}
-        if isinstance(arguments, str):
-            arguments = read_json(arguments)
-        if not isinstance(arguments, dict):
-            raise ValueError("the arguments are no object")
-        call_id = call.get("id")
-        name = json.loads(plain_json(call["name"]))
-        calls.append((name, plain_json(arguments), call_id if isinstance(call_id, str) and call_id.isascii() else ""))
-    if not calls:
-        raise ValueError("no call")
-    return calls

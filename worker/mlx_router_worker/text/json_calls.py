@@ -1,8 +1,9 @@
 """Tool calls in JSON as models write them, read in one way whether they are streamed or not.
 
 Models put raw line breaks and tabs into strings, escape what needs no escape (``\\d``, ``C:\\dir``), close one brace
-too many, leave a comma behind the last item and write Python's ``True``. The text is repaired character by character
-while it arrives, so that a client that gets a call in pieces gets the same JSON as one that gets it whole.
+too many, leave a comma behind the last item and write ``007`` or Python's ``True`` and ``'text'``. The text is
+repaired character by character while it arrives, so that a client that gets a call in pieces gets the same JSON as one
+that gets it whole.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
-__all__ = ["JsonCallReader", "ReadCall", "plain_json", "read_json"]
+__all__ = ["JsonCallReader", "ReadCall", "calls_in", "plain_json", "read_json", "repaired", "with_objects"]
 
 _HEAD: Final = re.compile(
     r'[\s,;\[\]}]*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
@@ -21,6 +23,9 @@ _SHORT_ESCAPES: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\b": "\\b", "\f
 _WORDS: Final = {
     "True": "true", "False": "false", "None": "null", "NaN": "null", "Infinity": "null", "-Infinity": "null"
 }  # fmt: skip
+_NUMBER_CHARACTERS: Final = frozenset("0123456789+-.")
+_ODD_NUMBER: Final = re.compile(r"([+-]?)0*([0-9]*)(?:\.([0-9]*))?([eE][+-]?[0-9]+)?")
+_BETWEEN_CALLS: Final = " \t\r\n,;[]}"
 _HIGH: Final = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")
 _LOW: Final = re.compile(r"\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 _REPLACEMENT: Final = "\\ufffd"
@@ -32,6 +37,8 @@ class _Repair:
     def __init__(self) -> None:
         self.depth = 0
         self.in_string = False
+        self._quote = '"'
+        """Which quotation mark ends the string."""
         self._escaped = False
         self._unicode: str | None = None
         """The hexadecimal digits of an escape that is being written."""
@@ -62,6 +69,8 @@ class _Repair:
             if character == "u":
                 self._unicode = ""
                 return ""
+            if character == "'":
+                return character
             return f"\\{character}" if character in '"\\/bfnrt' else "\\\\" + self._in_string(character)
         if self.in_string:
             return self._in_string(character)
@@ -82,17 +91,20 @@ class _Repair:
         if character == "\\":
             self._escaped = True
             return ""
-        if character == '"':
+        if character == self._quote:
             self.in_string = False
+            return '"'
+        if character == '"':
+            return '\\"'
         if character < " ":
             return _SHORT_ESCAPES.get(character, f"\\u{ord(character):04x}")
         return character
 
     def _outside(self, character: str) -> str:
-        if character.isalpha() or (character == "-" and not self._word):
+        if character.isalpha() or character in _NUMBER_CHARACTERS:
             self._word += character
             return ""
-        word, self._word = _WORDS.get(self._word, self._word), ""
+        word, self._word = _plain_word(self._word), ""
         if self._comma and not word and character.isspace():
             self._comma += character
             return ""
@@ -100,14 +112,24 @@ class _Repair:
         if character == ",":
             self._comma = ","
             return comma + word
-        if character == '"':
+        if character in "\"'":
             self.in_string = True
+            self._quote, character = character, '"'
         elif character in "{[":
             self.depth += 1
         elif character in "}]":
             self.depth = max(self.depth - 1, 0)  # one too many closes nothing
             comma = "" if not word else comma
         return comma + word + character
+
+
+def _plain_word(word: str) -> str:
+    """A word or number that stands in no string, as JSON writes it."""
+    match = _ODD_NUMBER.fullmatch(word)
+    if match is None or not (match[2] or match[3] or "0" in word):
+        return _WORDS.get(word, word)
+    sign, whole, fraction, exponent = match.groups()
+    return f"{sign.strip('+')}{whole or 0}{f'.{fraction or 0}' if fraction is not None else ''}{exponent or ''}"
 
 
 class ReadCall(NamedTuple):
@@ -123,7 +145,10 @@ class ReadCall(NamedTuple):
 
 
 class JsonCallReader:
-    """Reads ``{"name": …, "arguments": {…}}``, one or several. A call of any other shape is not begun."""
+    """Reads ``{"name": …, "arguments": {…}}``, one or several, in pieces.
+
+    Calls whose members stand in another order, or whose arguments are JSON text, are read once they are whole.
+    """
 
     def __init__(self) -> None:
         self._repair = _Repair()
@@ -131,7 +156,11 @@ class JsonCallReader:
         """Repaired, from the beginning of the call that is awaited or being read."""
         self._name: str | None = None
         self._outer = 0
+        """The depth around the call."""
         self._fresh = False
+        self._no_calls = ""
+        self._started = False
+        """The text holds more than what stands between calls."""
 
     @property
     def begun(self) -> bool:
@@ -148,30 +177,49 @@ class JsonCallReader:
         """Every bracket has been closed."""
         return self._repair.depth == 0
 
+    @property
+    def rest(self) -> str:
+        """What has been read and is no call."""
+        return self._no_calls + self._text.strip(_BETWEEN_CALLS)
+
     def feed(self, text: str) -> tuple[list[ReadCall], str]:
         """Take a piece. Returns the calls or pieces of calls in it, and what follows the last closing bracket."""
         calls: list[ReadCall] = []
         pending = ""
         for at, character in enumerate(text):
-            was_open = self._repair.depth > 0
+            depth = self._repair.depth
             added = self._repair.take(character)
             self._text += added
-            if self._name is None:
+            if not self._started and added.strip(_BETWEEN_CALLS):
+                self._started = True
+                self._outer = depth
+            if self._name is None and added.endswith("}") and self._repair.depth == self._outer:
+                calls += self._whole_calls()
+            elif self._name is None:
                 self._name = _name_of(self._text) if added.endswith("{") else None
                 if self._name is not None:
-                    self._outer = self._repair.depth - 1
                     self._fresh = True
                     self._text = pending = "{"
             else:
                 pending += added
-                if self._repair.depth == self._outer and not self._repair.in_string:
+                if self._repair.depth == self._outer + 1 and not self._repair.in_string:
                     calls.append(self._piece(pending, done=True))
-                    pending, self._name, self._text = "", None, ""
-            if was_open and self._repair.depth == 0:
+                    pending, self._name, self._text, self._started = "", None, "", False
+            if depth > 0 and self._repair.depth == 0:
                 return calls, text[at + 1 :]
         if self._name is not None and pending:
             calls.append(self._piece(pending, done=False))
         return calls, ""
+
+    def _whole_calls(self) -> list[ReadCall]:
+        """The object that has just been closed, if it is a call."""
+        text, self._text, self._started = self._text.lstrip(_BETWEEN_CALLS), "", False
+        try:
+            found = calls_in(json.loads(text))
+        except ValueError:
+            self._no_calls += text
+            return []
+        return [ReadCall(name, True, arguments, True, arguments) for name, arguments, _ in found]
 
     def _piece(self, more: str, *, done: bool) -> ReadCall:
         assert self._name is not None
@@ -183,6 +231,54 @@ def _name_of(text: str) -> str | None:
     """The name in the beginning of a call up to the bracket that opens its arguments; None if it is no such text."""
     match = _HEAD.match(text)
     return str(json.loads(match[1])) if match is not None and match.end() == len(text) - 1 else None
+
+
+def calls_in(parsed: Any) -> list[tuple[str, str, str]]:
+    """Name, arguments as JSON text and the model's own id of each call in a parsed value. Raises ``ValueError`` for
+    what is no call."""
+    calls = []
+    for call in parsed if isinstance(parsed, list) else [parsed]:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            raise ValueError("no name")
+        arguments = call.get("arguments", call.get("parameters")) or {}
+        if isinstance(arguments, str):
+            arguments = read_json(arguments)
+        if not isinstance(arguments, dict):
+            raise ValueError("the arguments are no object")
+        call_id = call.get("id")
+        name = json.loads(plain_json(call["name"]))
+        calls.append((name, plain_json(arguments), call_id if isinstance(call_id, str) and call_id.isascii() else ""))
+    if not calls:
+        raise ValueError("no call")
+    return calls
+
+
+def with_objects(parsed: Any, tools: list[dict[str, Any]]) -> Any:
+    """What a family's parser has read, where an object or list that its schema asks for was left as text because it is
+    only nearly JSON. ``tools`` are in OpenAI's shape."""
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+    for call in parsed if isinstance(parsed, list) else [parsed]:
+        arguments = call.get("arguments") if isinstance(call, dict) else None
+        if not isinstance(arguments, dict) or not isinstance(schema := schemas.get(call.get("name")), dict):
+            continue
+        properties = schema.get("properties")
+        for name, value in arguments.items():
+            wanted = properties.get(name) if isinstance(properties, dict) else None
+            kind = wanted.get("type") if isinstance(wanted, dict) else None
+            if isinstance(value, str) and kind in ("object", "array") and value.strip()[:1] in ("{", "["):
+                with suppress(ValueError):
+                    arguments[name] = read_json(value)
+    return parsed
+
+
+def repaired(text: str) -> str:
+    """A text that holds JSON, with what is nearly JSON in it turned into JSON."""
+    repair = _Repair()
+    out = ""
+    for character in text.strip() + "\n":
+        is_extra = character in "}]" and repair.depth == 0 and not repair.in_string
+        out += "" if is_extra else repair.take(character)
+    return out
 
 
 def read_json(text: str) -> Any:

@@ -1,0 +1,103 @@
+"""Calls of tools as models write them: the same from any split of the text, streamed and whole."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lm.tool_parsers import glm47, mistral
+
+from mlx_router_shared.generation import TextDelta, ToolCallArguments, ToolCallDone, ToolCallStarted
+from mlx_router_worker.text.answer import AnswerBuilder
+from mlx_router_worker.text.json_calls import with_objects
+
+_F = '{"name": "f", "arguments": '
+_BODIES: dict[str, tuple[str, list[tuple[str, Any]]]] = {
+    "zeros in front": (_F + '{"n": 007}}', [("f", {"n": 7})]),
+    "plus": (_F + '{"n": +5, "m": [+1.5]}}', [("f", {"n": 5, "m": [1.5]})]),
+    "bare point": (_F + '{"n": .5, "m": 5., "k": -.25e1}}', [("f", {"n": 0.5, "m": 5.0, "k": -2.5})]),
+    "plain numbers": (_F + '{"n": -0.5, "m": 1e5, "k": 0, "j": 12}}', [("f", {"n": -0.5, "m": 1e5, "k": 0, "j": 12})]),
+    "words": (_F + '{"a": True, "b": None, "c": -Infinity}}', [("f", {"a": True, "b": None, "c": None})]),
+    "single quotes": ("{'name': 'f', 'arguments': {'a': 'a \"x\"', 'b': 'it\\'s'}}",
+                      [("f", {"a": 'a "x"', "b": "it's"})]),
+    "an apostrophe": (_F + '{"a": "it\\\'s it\'s"}}', [("f", {"a": "it's it's"})]),
+    "two calls": (_F + '{"n": 1}}\n' + _F + '{"n": 2}}', [("f", {"n": 1}), ("f", {"n": 2})]),
+    "a list": ("[" + _F + '{"n": 1}}, ' + _F + '{"n": 2}}]', [("f", {"n": 1}), ("f", {"n": 2})]),
+    "the second the other way round": (_F + '{"n": 1}} {"arguments": {"n": {"m": 2}}, "name": "g"}',
+                                       [("f", {"n": 1}), ("g", {"n": {"m": 2}})]),
+    "the first the other way round": ('{"arguments": {"n": 2}, "name": "g"} ' + _F + '{"n": 1}}',
+                                      [("g", {"n": 2}), ("f", {"n": 1})]),
+    "arguments as text": (_F + '"{\\"n\\": 1}"} ' + _F + '{"n": 2}}', [("f", {"n": 1}), ("f", {"n": 2})]),
+    "other members": ('{"id": "c", "name": "f", "arguments": {"n": 1}}', [("f", {"n": 1})]),
+    "in a list the other way round": ('[{"arguments": {"n": 2}, "name": "g"}, ' + _F + '{"n": 1}}]',
+                                      [("g", {"n": 2}), ("f", {"n": 1})]),
+}  # fmt: skip
+
+
+def _read(body: str, sizes: list[int], *, incremental: bool) -> tuple[list[tuple[str, Any]], str]:
+    builder = AnswerBuilder(stops=[], parse_tool=json.loads, tool_markers=("<t>", "</t>"), json_calls=True,
+                            incremental=incremental)  # fmt: skip
+    events, at = [], 0
+    while at < len(body):
+        size = sizes[at % len(sizes)]
+        events += builder.feed([("tool", body[at : at + size])])
+        at += size
+    events += builder.feed([("normal", "")]) + builder.finish(cut=False)
+    if incremental:
+        begun = [event.name for event in events if isinstance(event, ToolCallStarted)]
+        texts = [""] * len(begun)
+        for event in events:
+            if isinstance(event, ToolCallArguments):
+                texts[event.index] += event.text
+        calls = [(name, json.loads(text)) for name, text in zip(begun, texts, strict=True)]
+    else:
+        calls = [(event.name, json.loads(event.arguments)) for event in events if isinstance(event, ToolCallDone)]
+    return calls, "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+@pytest.mark.parametrize(("body", "calls"), _BODIES.values(), ids=_BODIES)
+@pytest.mark.parametrize("incremental", [False, True])
+def test_what_models_write_is_read(body: str, calls: list[tuple[str, Any]], incremental: bool) -> None:
+    for sizes in ([1], [len(body)], [2, 3, 5]):
+        assert _read(body, sizes, incremental=incremental) == (calls, "")
+
+
+@given(st.sampled_from(list(_BODIES.values())), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.booleans())
+def test_it_is_the_same_however_the_text_is_split(
+    case: tuple[str, list[tuple[str, Any]]], sizes: list[int], incremental: bool
+) -> None:
+    assert _read(case[0], sizes, incremental=incremental) == (case[1], "")
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+def test_what_is_no_call_beside_one_is_shown(incremental: bool) -> None:
+    calls, text = _read(_F + '{"n": 1}} {"nothing": 5} ' + _F + '{"n": 2}}', [3], incremental=incremental)
+    assert calls == [("f", {"n": 1}), ("f", {"n": 2})]
+    assert '"nothing": 5' in text
+
+
+_MISTRAL = {
+    "header": 'f[ARGS]{"text": "a\nb \\d", "n": 1,}',
+    "list": '[{"name": "f", "arguments": {"text": "a\nb \\d", "n": 1}}]}',
+}
+
+
+@pytest.mark.parametrize("body", _MISTRAL.values(), ids=_MISTRAL)
+def test_json_in_the_calls_of_another_family_is_repaired(body: str) -> None:
+    builder = AnswerBuilder(stops=[], parse_tool=lambda text: mistral.parse_tool_call(text, []))
+    events = builder.feed([("tool", body), ("normal", "")])
+    (done,) = [event for event in events if isinstance(event, ToolCallDone)]
+    assert (done.name, json.loads(done.arguments)) == ("f", {"text": "a\nb \\d", "n": 1})
+
+
+def test_objects_that_a_family_writes_as_text_are_objects() -> None:
+    schema = {"type": "object", "properties": {"todo": {"type": "array"}, "text": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    written = {"todo": '[{"a": "x\ny"}]', "text": "[1]"}
+    body = "f" + "".join(f"<arg_key>{k}</arg_key><arg_value>{v}</arg_value>" for k, v in written.items())
+    parsed = glm47.parse_tool_call(body, tools)
+    assert with_objects(parsed, tools) == {"name": "f", "arguments": {"todo": [{"a": "x\ny"}], "text": "[1]"}}
+    assert with_objects("no call", tools) == "no call"
