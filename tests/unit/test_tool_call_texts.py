@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx_lm.tool_parsers import glm47, mistral
+from mlx_lm.tool_parsers import glm47, minimax_m2, mistral, qwen3_coder
 
 from mlx_router_shared.generation import TextDelta, ToolCallArguments, ToolCallDone, ToolCallStarted
 from mlx_router_worker.text.answer import AnswerBuilder
 from mlx_router_worker.text.json_calls import with_objects
 
+_TOOL = {"type": "function", "function": {"name": "f", "parameters": {
+    "type": "object", "properties": {"text": {"type": "string"}}}}}  # fmt: skip
 _F = '{"name": "f", "arguments": '
 _BODIES: dict[str, tuple[str, list[tuple[str, Any]]]] = {
     "zeros in front": (_F + '{"n": 007}}', [("f", {"n": 7})]),
@@ -91,6 +93,40 @@ def test_json_in_the_calls_of_another_family_is_repaired(body: str) -> None:
     events = builder.feed([("tool", body), ("normal", "")])
     (done,) = [event for event in events if isinstance(event, ToolCallDone)]
     assert (done.name, json.loads(done.arguments)) == ("f", {"text": "a\nb \\d", "n": 1})
+
+
+_TAGGED = {
+    "glm": (glm47, "f<arg_key>text</arg_key><arg_value>{}</arg_value>"),
+    "qwen3-coder": (qwen3_coder, "<function=f>\n<parameter=text>\n{}\n</parameter>\n</function>"),
+    "minimax": (minimax_m2, '<invoke name="f"><parameter name="text">{}</parameter></invoke>'),
+}
+
+
+@pytest.mark.parametrize(("parser", "form"), _TAGGED.values(), ids=_TAGGED)
+@pytest.mark.parametrize("value", ["use {} now", "{}", "a {} b {} c"])
+def test_an_end_marker_inside_an_argument_is_part_of_it(parser: Any, form: str, value: str) -> None:
+    """What splits the text into kinds ends the call at the first marker."""
+    end = parser.tool_call_end
+    wanted = value.replace("{}", end)
+    builder = AnswerBuilder(stops=[], parse_tool=lambda text: parser.parse_tool_call(text, [_TOOL]),
+                            tool_markers=(parser.tool_call_start, end))  # fmt: skip
+    first, *others = form.format(wanted).split(end)
+    events = builder.feed([("tool", first)])
+    for piece in [*others[:-1], others[-1] + end + " done"]:
+        events += builder.feed([("normal", piece[:2]), ("normal", piece[2:])])
+        events += [] if piece.endswith("done") else builder.feed([("normal", end)])
+    events += builder.finish(cut=False)
+    (done,) = [event for event in events if isinstance(event, ToolCallDone)]
+    assert json.loads(done.arguments) == {"text": wanted}
+    assert "".join(event.text for event in events if isinstance(event, TextDelta)) == "done"
+
+
+def test_a_value_that_is_never_closed_ends_with_its_call() -> None:
+    builder = AnswerBuilder(stops=[], parse_tool=lambda text: qwen3_coder.parse_tool_call(text, [_TOOL]),
+                            tool_markers=("<tool_call>", "</tool_call>"))  # fmt: skip
+    events = builder.feed([("tool", "<function=f>\n<parameter=text>\nabc\n</function>\n"), ("normal", " done")])
+    assert [event.name for event in events if isinstance(event, ToolCallDone)] == ["f"]
+    assert [event.text for event in events if isinstance(event, TextDelta)] == ["done"]
 
 
 def test_objects_that_a_family_writes_as_text_are_objects() -> None:

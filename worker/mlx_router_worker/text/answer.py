@@ -23,6 +23,7 @@ from mlx_router_shared.generation import (
 )
 from mlx_router_worker.text.json_calls import JsonCallReader, ReadCall, calls_in, read_json, repaired
 from mlx_router_worker.text.stop_strings import StopStrings
+from mlx_router_worker.text.tagged_calls import end_of_call, is_in_value
 
 __all__ = ["AnswerBuilder", "ToolParser"]
 
@@ -105,7 +106,7 @@ class AnswerBuilder:
                 if self._kind != "tool" and not text.strip():
                     continue
                 kind = "tool"
-            elif self._kind == "tool" and kind == "normal" and self._is_inside_string():
+            elif self._kind == "tool" and kind == "normal" and self._is_inside_value():
                 # The model wrote the end marker as part of an argument.
                 if not self._reopened:
                     self._reopened = True
@@ -124,8 +125,11 @@ class AnswerBuilder:
                 self._say(text, events)
         return events
 
-    def _is_inside_string(self) -> bool:
-        return self._json_calls and self._parse_tool is not None and (self._reopened or self._reader.in_string)
+    def _is_inside_value(self) -> bool:
+        """Whether a call that seems to end is in the middle of an argument."""
+        if self._parse_tool is None or not self._markers[1]:
+            return False
+        return self._reopened or (self._reader.in_string if self._json_calls else is_in_value(self._call))
 
     def finish(self, *, cut: bool) -> list[Event]:
         """The end of the answer; ``cut`` when a token limit ended it, so that an open call is not whole."""
@@ -194,6 +198,12 @@ class AnswerBuilder:
     def _write_call(self, text: str, events: list[Event]) -> None:
         self._call += text
         if not self._json_calls or self._parse_tool is None:
+            if self._reopened and (at := end_of_call(self._call, self._markers[1])) >= 0:
+                rest = self._call[at + len(self._markers[1]) :]
+                self._call = self._call[:at]
+                self._end_call(events, closed=True, at_end=False)
+                self._kind = "normal"
+                self._say(rest, events)
             return
         while text and not self.failed:
             calls, text = self._reader.feed(text)
