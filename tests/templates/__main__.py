@@ -1,4 +1,4 @@
-"""``python -m tests.templates DIR``: thirty conversations through every chat template of a folder.
+"""``python -m tests.templates DIR``: forty conversations through every chat template of a folder.
 
 Reports what raises and what is lost: a word of the client's that is not in the prompt. Exits with 1 if there is any.
 """
@@ -69,6 +69,8 @@ _PLAIN: dict[str, list[Message]] = {
     "system and users in a row": [_s(1), _u(1), _u(2), _a(1), _u(3), _u(4)],
     "an empty answer": [_u(1), _turn("assistant"), _u(2)],
     "characters": [_turn("user", "qzuser1 ünï 😀 {{ x }} {% y %} <b>"), _a(1), _u(2)],
+    "an answer at the end": [_u(1), _a(1)],
+    "calls without tools": [_u(1), _turn("assistant", "", _call(1)), _result(1), _u(2)],
     "many lines": [_turn("user", "qzuser1\n\nqzuser2\n```py\nqzuser3\n```")],
 }
 _WITH_TOOLS: dict[str, list[Message]] = {
@@ -83,6 +85,14 @@ _WITH_TOOLS: dict[str, list[Message]] = {
     "calls without ids": [_u(1), _turn("assistant", "", _call(1, call_id="")), _result(1, ""), _a(1), _u(2)],
     "an agent": [_s(1), _u(1), _a(1, _call(1)), _result(1), _a(2, _call(2)), _result(2), _a(3), _u(2)],
     "a greeting before tools": [_s(1), _a(1), _u(1), _turn("assistant", "", _call(1)), _result(1)],
+    "a user between call and result": [_u(1), _turn("assistant", "", _call(1)), _u(2), _result(1)],
+    "an answer between call and result": [_u(1), _turn("assistant", "", _call(1)), _a(1), _result(1), _u(2)],
+    "a result without a call": [_u(1), _a(1), _result(1), _u(2)],
+    "a system between call and result": [_s(1), _u(1), _turn("assistant", "", _call(1)), _s(2), _result(1), _u(2)],
+    "three calls": [_u(1), _turn("assistant", "", *map(_call, (1, 2, 3))), _result(1), _result(3), _result(2), _u(2)],
+    "a missing result": [_u(1), _turn("assistant", "", _call(1), _call(2)), _result(2), _u(2)],
+    "no result": [_u(1), _turn("assistant", "", _call(1)), _u(2)],
+    "a call at the end": [_u(1), _turn("assistant", "", _call(1))],
     "a user after a result": [_u(1), _turn("assistant", "", _call(1)), _result(1), _u(2)],
 }
 
@@ -101,14 +111,18 @@ class _Tokenizer:
         vocabulary: dict[str, int] = self._inner.get_vocab()
         return vocabulary
 
+    def encode(self, text: str, **arguments: Any) -> Any:
+        return self._inner.encode(text, **arguments)
+
     def apply_chat_template(self, messages: list[dict[str, Any]], **arguments: Any) -> Any:
         return self._inner.apply_chat_template(messages, chat_template=self._template, **arguments, return_dict=False)
 
 
-def _missing(shown: str, messages: list[Message]) -> list[str]:
+def _missing(shown: str, messages: list[Message], tools: list[Tool]) -> list[str]:
     """Words of the client's that are not in the prompt."""
     words = [word for message in messages for word in message.content.split() if word.startswith("qz")]
     words += [text for m in messages for c in m.tool_calls for text in (c.name, json.loads(c.arguments)["city"])]
+    words += [text for tool in tools for text in (tool.name, tool.description)]
     return [word for word in words if word not in shown]
 
 
@@ -125,7 +139,7 @@ def check_template(template: str) -> list[str]:
                 except MlxRouterError as error:
                     problems.append(f"{name}: raises: {error.message}")
                     continue
-                if missing := _missing(shown, messages):
+                if missing := _missing(shown, messages, offered):
                     problems.append(f"{name}: lost: {' '.join(missing)}")
     return problems
 

@@ -15,8 +15,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_router_shared.generation import Message, Role, ToolCall
 from mlx_router_worker.text.conversation import conversation_forms
+from mlx_router_worker.text.losses import count_lost_words
 from mlx_router_worker.text.prompt import template_messages
 from mlx_router_worker.text.template_traits import TemplateTraits, probe_template
+from tests.templates.__main__ import check_template
 
 _TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}" \
          "[{{ c.id }} {{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %}{% endfor %}"  # fmt: skip
@@ -66,7 +68,18 @@ _NO_TOOLS = (
     "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}{{ raise_exception('role') }}"
     "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 )
+_RESULTS_BEHIND_CALLS = (
+    "{% for m in messages %}{% if m.role != 'tool' %}<{{ m.role }}>{{ m.content }}{% if m.tool_calls %}"
+    "{{ m.tool_calls | tojson }}{% set ns = namespace(open=true) %}{% for r in messages[loop.index:] %}"
+    "{% if r.role != 'tool' %}{% set ns.open = false %}{% elif ns.open %}{{ r.content }}{% endif %}{% endfor %}"
+    "{% endif %}{% endif %}{% endfor %}"
+)
+_LAST_CALL_DROPPED = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.tool_calls and not loop.last %}"
+    "{{ m.tool_calls | tojson }}{% endif %}{% endfor %}"
+)
 _TEMPLATES = {
+    "results behind calls": _RESULTS_BEHIND_CALLS, "the last call is dropped": _LAST_CALL_DROPPED,
     "takes all": _TAKES_ALL, "no system": _NO_SYSTEM, "alternates": _ALTERNATES, "short ids": _SHORT_IDS,
     "one call": _ONE_CALL, "only the first system": _ONLY_FIRST_SYSTEM, "drops system": _DROPS_SYSTEM,
     "calls or text": _CALLS_OR_TEXT, "typed": _TYPED, "no tools": _NO_TOOLS, "mistral": _ALTERNATES + _SHORT_IDS[:0],
@@ -141,8 +154,44 @@ def test_every_conversation_is_rendered_and_nothing_of_it_is_lost(name: str, con
             assert "ARG" not in call.arguments or call.arguments[7:11] in shown
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        *_TEMPLATES.values(),
+        "{% for t in xml_tools or [] %}{{ t | tojson }}{% endfor %}" + _TURNS,
+        "{% if tools %}{{ raise_exception('no tools') }}{% endif %}" + _TURNS,
+        "{% if tools %}you have tools{% endif %}" + _TURNS,
+    ],
+)
+def test_forty_conversations_with_tools_and_without_lose_nothing(template: str) -> None:
+    assert check_template(template) == []
+
+
+def test_tools_are_given_in_the_argument_that_shows_them() -> None:
+    assert _probe(_NEEDS_TOOLS).tools == "tools"
+    assert _probe("{% for t in xml_tools or [] %}{{ t | tojson }}{% endfor %}" + _TURNS).tools == "xml_tools"
+    assert _probe("{% if tools %}you have tools{% endif %}" + _TURNS).tools == ""
+    assert not _probe(_RESULTS_BEHIND_CALLS).results_apart
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lost"),
+    [("say hello to Ann", 0), ("say hello", 1), ("say &quot;hello&quot; to Ann", 0), ("Ann", 2), ("", 3)],
+)
+def test_lost_words_are_counted(prompt: str, lost: int) -> None:
+    assert count_lost_words(prompt, [_turn("user", ' say "hello" to Ann\n')]) == lost
+
+
+def test_what_templates_leave_out_or_write_otherwise_is_not_lost() -> None:
+    calls = [ToolCall(name="f", arguments=json.dumps({"a": None, "b": [True, {"c": "inner"}], "d": 15000}))]
+    messages = [_turn("assistant", "<think>thought</think>", tool_calls=calls)]
+    assert count_lost_words("None True inner 15,000", messages) == 0
+    assert count_lost_words("None True 15,000", messages) == 1
+    assert count_lost_words("", [_turn("assistant", "", tool_calls=[ToolCall(name="f", arguments="[" * 100_000)])]) == 0
+
+
 def test_traits_are_what_the_templates_do() -> None:
-    assert _probe(_TAKES_ALL) == TemplateTraits()
+    assert _probe(_TAKES_ALL) == TemplateTraits(tools="")
     assert not _probe(_NO_SYSTEM).system_first
     assert not _probe(_ALTERNATES).consecutive_turns
     assert not _probe(_ALTERNATES).assistant_first

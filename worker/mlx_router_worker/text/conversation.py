@@ -1,7 +1,7 @@
 """The form of a conversation that a chat template takes and shows completely.
 
 ``conversation_forms`` gives the form that fits the template's traits, and behind it more cautious ones for templates
-whose traits could not be found out. Nothing that the client sent is left out of any of them.
+that raise or leave something out nevertheless. Nothing that the client sent is left out of any of them.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def _shaped(messages: list[Message], traits: TemplateTraits) -> list[Message]:
         messages = [message for message in messages if not _is_empty_answer(message)]
     if not traits.system_anywhere:
         messages = merge_system(messages)
+    if not traits.results_apart:
+        messages = _results_behind_calls(messages)
     has_user = any(message.role is Role.USER for message in messages)
     if not traits.system_first or not (has_user or traits.system_alone):
         messages = _fold_system(merge_system(messages))
@@ -147,6 +149,17 @@ def _one_call_a_turn(messages: list[Message]) -> list[Message]:
                 results = [result for result in results if result is not answer]
                 out.append(answer)
         out += results
+    return out
+
+
+def _results_behind_calls(messages: list[Message]) -> list[Message]:
+    """Results that stand anywhere else than behind a turn with calls become turns of the user."""
+    out: list[Message] = []
+    behind_calls = False
+    for message in messages:
+        if message.role is not Role.TOOL:
+            behind_calls = bool(message.tool_calls)
+        out.append(message if message.role is not Role.TOOL or behind_calls else _as_text(message))
     return out
 
 

@@ -15,6 +15,7 @@ from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, Unsu
 from mlx_router_shared.generation import GenerationRequest, Message, Role
 from mlx_router_shared.infill import infill_format
 from mlx_router_worker.text.conversation import conversation_forms
+from mlx_router_worker.text.losses import count_lost_words
 from mlx_router_worker.text.prompt import droppable, template_messages, template_tools, tools_as_text, without
 from mlx_router_worker.text.template_limits import TemplateOverrun, template_limits
 from mlx_router_worker.text.template_traits import CallStyle, TemplateTraits, probe_template, show_functions
@@ -238,27 +239,44 @@ class PromptRenderer:
         return text
 
     def _render(self, messages: list[Message], tools: list[dict[str, Any]], arguments: dict[str, Any]) -> str:
-        """The text of the prompt, in the first form of the conversation that the template takes."""
-        first: Exception | None = None
-        for form, style in conversation_forms(messages, self.traits):
-            try:
-                return self._apply_template(self._template_messages(form, style), tools, arguments)
-            except Exception as error:  # templates raise whatever their authors chose
-                first = first or error
-        if tools:
+        """The text of the prompt."""
+        errors: list[Exception] = []
+        text = None
+        if self.traits.tools or not tools:
+            text = self._best_form(messages, tools, arguments, errors)
+        if text is None and tools:
             # The template cannot show these tools: they are described in a system turn.
             described = [Message(role=Role.SYSTEM, content=tools_as_text(tools)), *messages]
-            for form, style in conversation_forms(described, self.traits):
-                try:
-                    return self._apply_template(self._template_messages(form, style), [], arguments)
-                except Exception:  # noqa: S112  # the first error is the one that is reported
-                    continue
-        raise InvalidRequest(f"the model's chat template refuses these messages: {first}") from first
+            text = self._best_form(described, [], arguments, errors)
+        if text is None:
+            raise InvalidRequest(f"the model's chat template refuses these messages: {errors[0]}") from errors[0]
+        return text
+
+    def _best_form(
+        self, messages: list[Message], tools: list[dict[str, Any]], arguments: dict[str, Any], errors: list[Exception]
+    ) -> str | None:
+        """The text of the first form of the conversation of which nothing is lost, else of that which loses least; None
+        if the template takes none. What it raises is added to ``errors``."""
+        best, least = None, 0
+        for form, style in conversation_forms(messages, self.traits):
+            try:
+                text = self._apply_template(self._template_messages(form, style), tools, arguments)
+            except Exception as error:  # templates raise whatever their authors chose
+                errors.append(error)
+                continue
+            lost = count_lost_words(text, messages)
+            if not lost:
+                return text
+            if best is None or lost < least:
+                best, least = text, lost
+        return best
 
     def _apply_template(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], arguments: dict[str, Any]
     ) -> str:
-        more: dict[str, Any] = {"tools": tools if tools or self.traits.empty_tools else None}
+        more: dict[str, Any] = {"tools": [] if self.traits.empty_tools else None}
+        if tools:
+            more[self.traits.tools] = tools
         messages, functions = show_functions(self.traits.functions, messages, tools)
         return self._template_text(messages, **arguments, **more, **functions)
 

@@ -27,6 +27,7 @@ _FUNCTION: Final = "qzfunc"
 _ARGUMENT: Final = "qzarg"
 _RESULT: Final = "qzres"
 _THINKING_SWITCHES: Final = ("enable_thinking", "thinking", "reasoning", "think")
+_TOOL_ARGUMENTS: Final = ("tools", "xml_tools")
 _EFFORTS: Final = ("reasoning_effort", "thinking_effort")
 _TOOL: Final = {
     "type": "function",
@@ -66,12 +67,16 @@ class TemplateTraits:
     """The assistant may begin."""
     calls: CallStyle | None = CallStyle()
     """None: calls and results can only be shown as text."""
+    results_apart: bool = True
+    """Results are shown that do not stand directly behind their calls."""
     text_beside_calls: bool = True
     """The text of a turn that also has calls is shown."""
     empty_answers: bool = True
     """A turn of the assistant may be empty."""
     empty_tools: bool = False
     """The list of tools has to be there, even if it is empty."""
+    tools: str = "tools"
+    """The argument by which the tools are shown; empty if they can only be described in a system turn."""
     functions: str = ""
     """Where the template wants the tools as JSON text: ``argument`` or ``role``, both named ``functions``; empty if it
     takes them as a list."""
@@ -117,9 +122,11 @@ class _Probe:
             and self._shows(assistants, _ASSISTANT, _OTHER_ASSISTANT),
             assistant_first=self._shows([_assistant(_ASSISTANT), _user(_USER)], _ASSISTANT, _USER),
             calls=calls,
+            results_apart=calls is not None and self._shows_round(calls, between=_OTHER_ASSISTANT),
             text_beside_calls=calls is not None and self._shows_round(calls, text=_ASSISTANT),
             empty_answers=self._text(empty) is not None,
             empty_tools=self._empty_tools,
+            tools=next((name for name in _TOOL_ARGUMENTS if self._shows_tools(name)), ""),
             functions=self._functions,
             typed_content=self._typed,
             thinking_switch=next((name for name in _THINKING_SWITCHES if self._differs(name, True, False)), ""),
@@ -146,16 +153,19 @@ class _Probe:
         return None
 
     def _shows_round(
-        self, style: CallStyle, *, count: int = 1, text: str = "", system: str = "", ends: bool = False
-    ) -> bool:
+        self, style: CallStyle, *, count: int = 1, text: str = "", system: str = "", between: str = "",
+        ends: bool = False,
+    ) -> bool:  # fmt: skip
         """Whether a turn with ``count`` calls, their results and what follows are shown. With ``text`` the turn has
-        some too, and a second one follows; with ``ends`` the results are the last turns."""
+        some too, and a second one follows; with ``between`` a turn of the user stands before the results; with ``ends``
+        the results are the last turns."""
         messages = [_turn("system", system)] if system else []
         messages.append(_user(_USER))
         wanted = [_FUNCTION, system, text]
         for number, said in enumerate([text, f"{text}again"] if text else [""]):
             numbers = range(2 * number, 2 * number + count)
             messages.append({**_assistant(said), "tool_calls": [self._call(style, n) for n in numbers]})
+            messages += [_user(between)] if between else []
             messages += [{**_turn("tool", f"{_RESULT}{n}"), "tool_call_id": _id(style, n), "name": _FUNCTION}
                          for n in numbers]  # fmt: skip
             wanted += [said, *(f"{_ARGUMENT}{n}" for n in numbers), *(f"{_RESULT}{n}" for n in numbers)]
@@ -175,6 +185,10 @@ class _Probe:
                 "name": _FUNCTION, "arguments": json.dumps(arguments) if style.text_arguments else arguments,
             },
         }  # fmt: skip
+
+    def _shows_tools(self, name: str) -> bool:
+        shown = self._text([_user(_USER)], **{name: [_TOOL]})
+        return shown is not None and _FUNCTION in shown
 
     def _differs(self, name: str, one: Any, other: Any) -> bool:
         first, second = (self._text([_user(_USER)], **{name: value}) for value in (one, other))
