@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,6 +44,26 @@ def test_the_next_request_gets_the_new_model(home: Path, tmp_path: Path, in_plac
         wait_until(lambda: _ask(router) == "two it is of", "the new model answers", 15)
         assert router.model("p")["loads"] == 2
         assert router.status()["router"]["kill_incidents"] == 0
+
+
+@pytest.mark.req("R27")
+def test_a_folder_of_the_same_sizes_and_times_is_another(home: Path, tmp_path: Path) -> None:
+    """As ``rsync --archive`` and ``mv`` leave it."""
+    models = tmp_path / "models"
+    make_parrot(models / "p", ["abc", "def"])
+    make_parrot(tmp_path / "new", ["uvw", "xyz"])
+    old = {file.name: file.stat() for file in [*(models / "p").iterdir(), models / "p"]}
+    for file in [*(tmp_path / "new").iterdir()]:
+        assert file.stat().st_size == old[file.name].st_size
+        os.utime(file, ns=(0, old[file.name].st_mtime_ns))
+    os.utime(tmp_path / "new", ns=(0, old["p"].st_mtime_ns))
+    with running_router(home, "--models-dir", str(models)) as router:
+        assert _ask(router) == "abcdef"
+        times = models.stat()
+        (models / "p").rename(tmp_path / "old")
+        (tmp_path / "new").rename(models / "p")
+        os.utime(models, ns=(0, times.st_mtime_ns))
+        wait_until(lambda: _ask(router) == "uvwxyz", "the new model answers", 15)
 
 
 @pytest.mark.slow

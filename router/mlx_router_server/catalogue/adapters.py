@@ -10,7 +10,7 @@ __all__ = ["adapter_bytes", "adapter_digest"]
 
 
 def adapter_digest(folder: Path | None) -> str:
-    """Of the adapter's configuration, and of the size and time of its weights; empty where there is none."""
+    """Of the adapter's configuration, and of the size, time and inode of its weights; empty where there is none."""
     if folder is None:
         return ""
     facts = []
@@ -19,7 +19,7 @@ def adapter_digest(folder: Path | None) -> str:
             stat = (folder / name).stat()
         except OSError:
             continue
-        facts.append((name, stat.st_size, stat.st_mtime_ns))
+        facts.append((name, stat.st_size, stat.st_mtime_ns, stat.st_ino))
     return digest_of(facts)
 
 

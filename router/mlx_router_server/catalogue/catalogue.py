@@ -16,6 +16,7 @@ from mlx_router_server.catalogue.aliases import repository_of
 from mlx_router_server.catalogue.entry import ModelEntry
 from mlx_router_server.catalogue.index import DEMO_FOLDER, Facts, Index, IndexBuilder, Registered, Sources, Unservable
 from mlx_router_server.catalogue.names import ModelName, parse_name
+from mlx_router_server.catalogue.stamps import Stamp
 from mlx_router_server.catalogue.store import Store
 from mlx_router_shared.errors import InvalidRequest, ModelNotFound, Overloaded
 
@@ -36,7 +37,7 @@ class Catalogue:
         self._default_model = default_model
         self._index = Index()
         self._generation = 0
-        self._stamps: tuple[tuple[str, int], ...] = ()
+        self._stamps: tuple[Stamp, ...] = ()
         self._building = asyncio.Lock()
         self._looked = asyncio.Event()
         self._refresher: asyncio.Task[None] | None = None

@@ -24,7 +24,7 @@ from mlx_router_server.catalogue.kinds import Kind
 from mlx_router_server.catalogue.names import ModelName, parse_name
 from mlx_router_server.catalogue.overlay import NOTHING, Overlay
 from mlx_router_server.catalogue.scans import BoundedScans, ScanTimeout
-from mlx_router_server.catalogue.stamps import digest_of, is_loaded, stamp, stamps_below
+from mlx_router_server.catalogue.stamps import Stamp, digest_of, is_loaded, stamp, stamps_below
 from mlx_router_server.catalogue.store import Manifest, Store
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError
 
@@ -91,8 +91,8 @@ class Facts:
     has_thinking: bool
 
 
-_Inspected = tuple[Path, str, tuple[tuple[str, int, int], ...]]
-"""A folder, what the configuration says of its kind, and name, size and modification time of each file."""
+_Inspected = tuple[Path, str, tuple[tuple[str, int, int, int], ...]]
+"""A folder, what the configuration says of its kind, and name, size, modification time and inode of each file."""
 
 
 _Models = list[tuple[Found, ModelFiles | Unservable]]
@@ -120,9 +120,9 @@ class IndexBuilder:
         """Those of the configuration, by the keys of their names."""
         return keyed(dict(self.sources.model_aliases))
 
-    def stamps(self) -> tuple[tuple[str, int], ...]:
-        """Modification times of the folders in which models come and go: a few system calls, no file is opened."""
-        stamps: list[tuple[str, int]] = []
+    def stamps(self) -> tuple[Stamp, ...]:
+        """Stamps of the folders in which models come and go: a few system calls, no file is opened."""
+        stamps: list[Stamp] = []
         if self._store is not None:
             stamps += [*stamp(self._store.root / "manifests"), *stamp(self._store.root / "pulled.json")]
         roots = [*self.sources.folders] + ([self.sources.hub] if self.sources.hub else [])
@@ -130,13 +130,13 @@ class IndexBuilder:
             try:
                 stamps += self._scans.run(f"stamps {root}", partial(stamps_below, root))
             except ScanTimeout:
-                stamps.append((str(root), _HANGING))
+                stamps.append((str(root), _HANGING, 0))
         for registered in self.sources.registered:
             for path in filter(None, (registered.path, registered.adapter)):
                 try:
                     stamps += self._scans.run(f"stamps {path}", partial(stamp, path))
                 except ScanTimeout:
-                    stamps.append((str(path), _HANGING))
+                    stamps.append((str(path), _HANGING, 0))
         return tuple(sorted(stamps))
 
     def build(self) -> Index:
@@ -308,7 +308,7 @@ class IndexBuilder:
         for name, facts in stats.items():
             if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
                 return Unservable(reason=f"its {name} is neither a file nor a folder")  # reading a pipe may block
-        listing = tuple(sorted((name, facts.st_size, facts.st_mtime_ns) for name, facts in stats.items()))
+        listing = tuple(sorted((name, facts.st_size, facts.st_mtime_ns, facts.st_ino) for name, facts in stats.items()))
         key = (found.path, said, listing)
         self._seen.add(key)
         known = self._inspected.get(key)

@@ -1,4 +1,4 @@
-"""Modification times, by which a change of the models on the disk is noticed without opening a file."""
+"""Modification times and inodes, by which a change of the models on the disk is noticed without opening a file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["digest_of", "is_loaded", "stamp", "stamps_below"]
+__all__ = ["Stamp", "digest_of", "is_loaded", "stamp", "stamps_below"]
+
+Stamp = tuple[str, int, int]
+"""A path, its modification time in nanoseconds, and its inode: a copy may keep the time of what it replaces."""
 
 _LOADED: Final = (".json", ".safetensors", ".jinja", ".model", ".tiktoken")
 _LOADED_NAMES: Final = frozenset({"merges.txt", "vocab.txt", "1_Pooling", "additional_chat_templates"})
 
 
-def stamps_below(root: Path) -> list[tuple[str, int]]:
+def stamps_below(root: Path) -> list[Stamp]:
     """The times of a folder and of those in it, down to the snapshots of a Hugging Face cache."""
     stamps = stamp(root)
     for first in _subfolders(root):
@@ -37,23 +40,27 @@ def digest_of(items: Iterable[Any]) -> str:
     return hashlib.sha256(repr(sorted(items)).encode()).hexdigest()[:16]
 
 
-def stamp(path: Path) -> list[tuple[str, int]]:
+def stamp(path: Path) -> list[Stamp]:
     """The times of a folder and of the files in it: a file that is written in its place leaves the folder's alone."""
-    stamps: list[tuple[str, int]] = []
+    stamps: list[Stamp] = []
     try:
-        stamps.append((str(path), path.stat().st_mtime_ns))
+        stamps.append(_of(str(path), path.stat()))
         with os.scandir(path) as entries:
             found = list(entries)
-        files = [(entry.name, entry.stat().st_mtime_ns) for entry in found if _is_model_file(entry)]
+        stamps += [_of(entry.path, entry.stat()) for entry in found if _is_model_file(entry)]
         for folder in found:
             if is_loaded(folder.name) and _is_folder(folder):
                 with os.scandir(folder.path) as entries:
-                    files += [(f"{folder.name}/{entry.name}", entry.stat().st_mtime_ns) for entry in entries]
+                    stamps += [_of(entry.path, entry.stat()) for entry in entries]
     except NotADirectoryError:
         return stamps
     except OSError:
         return []
-    return stamps + [(f"{path}/{name}", time) for name, time in files]
+    return stamps
+
+
+def _of(path: str, facts: os.stat_result) -> Stamp:
+    return path, facts.st_mtime_ns, facts.st_ino
 
 
 def _is_model_file(entry: os.DirEntry[str]) -> bool:
