@@ -14,12 +14,15 @@ from typing import Any, Final, NamedTuple
 __all__ = [
     "ChatCapabilities",
     "chat_capabilities",
+    "chat_template_type",
+    "processor_template",
     "read_chat_template",
     "read_tokenizer_config",
     "template_for_tools",
 ]
 
 _LARGEST_TEMPLATE: Final = 2 * 2**20
+_MOST_TEMPLATES: Final = 20
 _LARGEST_JSON: Final = 32 * 2**20
 _TOOL_FORMATS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("minimax_m2", ("<minimax:tool_call>",)),
@@ -38,6 +41,9 @@ _TOOL_FORMATS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("json_tools", ("<tool_call>",)),
 )
 """Parsers, and what a template contains whose model writes calls for it; the first that fits counts."""
+_TOOL_PARSERS: Final = frozenset({*(parser for parser, _ in _TOOL_FORMATS), "kimi_k3", "laguna"})
+_TEMPLATE_TYPES: Final = frozenset({"deepseek_v32", "muse_spark"})
+"""Templates that mlx-lm has as code of its own."""
 _THINKING_TOKENS: Final = (
     ("<think>", "</think>"), ("<longcat_think>", "</longcat_think>"), ("<|think:start|>", "<|think:end|>"),
     ("<|channel>", "<channel|>"), ("<|open|>", "<|close|>"),
@@ -65,17 +71,46 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def read_chat_template(folder: Path) -> Any:
-    """The chat template of a model folder as transformers finds it: a text, a list of named ones, or empty."""
-    jinja = folder / "chat_template.jinja"
-    try:
-        if jinja.is_file() and jinja.stat().st_size <= _LARGEST_TEMPLATE:
-            return jinja.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    """The chat template of a model folder as transformers finds it: a text, a list or mapping of named ones, or
+    empty."""
+    template: Any = _read_text(folder / "chat_template.jinja")
+    if not template:
+        template = read_tokenizer_config(folder).get("chat_template") or processor_template(folder)
+    more = {path.stem: _read_text(path) for path in _additional_templates(folder)}
+    if isinstance(template, str) and more:
+        return {"default": template, **more} if template else more
+    return template if isinstance(template, str | list) else ""
+
+
+def processor_template(folder: Path) -> str:
+    """The chat template in ``chat_template.json``, which transformers reads for processors alone, where a model has no
+    other; else empty."""
+    if (folder / "chat_template.jinja").is_file() or read_tokenizer_config(folder).get("chat_template"):
         return ""
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        template = _read_object(folder / name).get("chat_template")
-        if isinstance(template, str | list):
-            return template
+    template = _read_object(folder / "chat_template.json").get("chat_template")
+    return template if isinstance(template, str) else ""
+
+
+def chat_template_type(tokenizer_config: Mapping[str, Any]) -> str | None:
+    """The template among mlx-lm's own that a tokenizer names; None if it names none, or one that does not exist."""
+    named = tokenizer_config.get("chat_template_type")
+    return named if isinstance(named, str) and named in _TEMPLATE_TYPES else None
+
+
+def _additional_templates(folder: Path) -> list[Path]:
+    try:
+        return sorted((folder / "additional_chat_templates").glob("*.jinja"))[:_MOST_TEMPLATES]
+    except OSError:
+        return []
+
+
+def _read_text(path: Path) -> str:
+    """The text of a template; empty if there is none that can be read."""
+    try:
+        if path.is_file() and path.stat().st_size <= _LARGEST_TEMPLATE:
+            return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        pass
     return ""
 
 
@@ -111,7 +146,7 @@ def chat_capabilities(
 
 def _tool_parser(template: str, vocabulary: Collection[str], tokenizer_config: Mapping[str, Any]) -> str:
     named = tokenizer_config.get("tool_parser_type")
-    if isinstance(named, str):
+    if isinstance(named, str) and named in _TOOL_PARSERS:
         return named
     if "tools" in template:
         for parser, marks in _TOOL_FORMATS:

@@ -10,10 +10,11 @@ import pytest
 
 from mlx_router_server.catalogue.entry import Capability
 from mlx_router_server.catalogue.inspect import inspect_folder
-from mlx_router_shared.capabilities import chat_capabilities
-from mlx_router_shared.generation import GenerationRequest, Message, Role, Tool, ToolCallDone
+from mlx_router_shared.capabilities import _TEMPLATE_TYPES, _TOOL_PARSERS, chat_capabilities
+from mlx_router_shared.generation import Counted, CountRequest, GenerationRequest, Message, Role, Tool, ToolCallDone
 from mlx_router_shared.protocol import Load
 from mlx_router_worker.mlx_engine import MlxEngine
+from mlx_router_worker.tokenizer_engine import TokenizerEngine
 from tests.support.engine import play
 from tests.tiny_models.parrot import make_parrot
 
@@ -27,6 +28,8 @@ _TEMPLATES: dict[str, tuple[Any, dict[str, Any], bool, bool]] = {
     "no parser": (_CHAT + "{{ tools }}<tool_calls>", {}, False, False),
     "llama": (_CHAT + "{{ tools }}<|python_tag|>", {}, False, False),
     "named by the tokenizer": (_CHAT, {"tool_parser_type": "mistral"}, True, False),
+    "named, but unknown": (_CHAT + "{{ tools }}<tool_call>", {
+        "tool_parser_type": "nonesuch", "chat_template_type": "nonesuch"}, True, False),
     "several, one for tools": ([{"name": "default", "template": _CHAT}, {
         "name": "tool_use", "template": _CHAT + "{% if tools %}{% set x = '<tool_call>' %}{% endif %}"}],
         {}, True, False),
@@ -49,6 +52,43 @@ def test_catalogue_and_worker_say_the_same(tmp_path: Path, name: str) -> None:
     assert (facts.has_tools, facts.has_thinking) == (tools, thinking)
 
 
+def _load(folder: Path) -> MlxEngine:
+    engine = MlxEngine(lambda data: None)
+    engine.load(Load(model="p", path=str(folder), context_tokens=0, parallel=1), lambda stage, fraction: None)
+    return engine
+
+
+@pytest.mark.parametrize("where", ["chat_template.json", "additional_chat_templates"])
+def test_a_template_is_found_wherever_it_stands(tmp_path: Path, where: str) -> None:
+    """A file that transformers reads for processors alone, and a second template for requests with tools."""
+    template = _CHAT + "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}{% set x = '<tool_call>' %}"
+    pieces = ["<tool_call>", '{"name": "f", "arguments": {"a": 1}}', "</tool_call>"]
+    folder = make_parrot(tmp_path / "p", pieces, chat_template=None)
+    if where == "chat_template.json":
+        (folder / where).write_text(json.dumps({"chat_template": template}))
+    else:
+        (folder / "chat_template.jinja").write_text(_CHAT)
+        (folder / where).mkdir()
+        (folder / where / "tool_use.jinja").write_text(template)
+    assert Capability.TOOLS in inspect_folder(folder).capabilities
+    engine = _load(folder)
+    ask = GenerationRequest(messages=[Message(role=Role.USER, content="go")], tools=[Tool(name="f")])
+    events = play(engine, {"r": ask})["r"]
+    engine.close()
+    assert [event.name for event in events if isinstance(event, ToolCallDone)] == ["f"]
+    counted = TokenizerEngine(lambda data: None).submit("c", CountRequest(path=str(folder), request=ask))[0]
+    assert isinstance(counted, Counted)
+    assert counted.text == "go<f>"
+
+
+def test_every_parser_and_template_of_mlx_lm_is_known() -> None:
+    import mlx_lm
+
+    for package, known in (("tool_parsers", _TOOL_PARSERS), ("chat_templates", _TEMPLATE_TYPES)):
+        files = (Path(mlx_lm.__path__[0]) / package).glob("[!_]*.py")
+        assert {file.stem for file in files} == known
+
+
 def test_thinking_needs_the_tokens_and_the_template() -> None:
     tokens = {"<think>", "</think>"}
     assert chat_capabilities(_CHAT + "<think>", tokens, {}).thinking
@@ -62,8 +102,7 @@ def test_a_call_is_read_where_tools_are_listed(tmp_path: Path, name: str) -> Non
     pieces = ["<tool_call>", '{"name": "f", "arguments": {"a": 1}}', "</tool_call>"]
     template = _TEMPLATES[name][0]
     folder = make_parrot(tmp_path / "p", pieces, chat_template=None, tokenizer_config={"chat_template": template})
-    engine = MlxEngine(lambda data: None)
-    engine.load(Load(model="p", path=str(folder), context_tokens=0, parallel=1), lambda stage, fraction: None)
+    engine = _load(folder)
     ask = GenerationRequest(messages=[Message(role=Role.USER, content="go")], tools=[Tool(name="f")])
     events = play(engine, {"r": ask})["r"]
     engine.close()

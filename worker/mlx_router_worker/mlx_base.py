@@ -11,15 +11,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.utils import load_adapters
-from mlx_lm.utils import load_model, load_tokenizer
+from mlx_lm.utils import load_model
 
-from mlx_router_shared.capabilities import chat_capabilities, read_chat_template, read_tokenizer_config
 from mlx_router_shared.errors import LoadFailed
 from mlx_router_shared.model_config import context_tokens, text_config
 from mlx_router_shared.protocol import Load, SetLimits
 from mlx_router_worker.engine import EngineReading, Report
+from mlx_router_worker.mlx_tokenizer import load_model_tokenizer
 
-__all__ = ["MlxBase", "load_model_tokenizer", "refuse_additions"]
+__all__ = ["MlxBase", "refuse_additions"]
 
 _DEFAULT_CPU_CACHE: Final = 32 * 2**20  # MLX's own choice on Linux, where more is only lost
 _EVALUATE_BYTES: Final = 128 * 2**20
@@ -32,16 +32,6 @@ def refuse_additions(load: Load, kind: str) -> None:
     for path, setting in ((load.adapter_path, "adapter"), (load.draft_path, "draft_model")):
         if path:
             raise LoadFailed(f"{setting} cannot be used with {kind} models; take the setting out")
-
-
-def load_model_tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
-    """Load mlx-lm's tokenizer of a model folder, with the parser for tool calls that ``chat_capabilities`` names."""
-    # Spelt out: a tokenizer that wants to run code of its own is refused, and nobody is asked on standard input.
-    options: dict[str, Any] = {"trust_remote_code": False}
-    # What depends on the vocabulary alone mlx-lm finds out by the same rules.
-    if parser := chat_capabilities(read_chat_template(path), None, read_tokenizer_config(path)).tool_parser:
-        options["tool_parser_type"] = parser
-    return load_tokenizer(path, options, eos_token_ids=eos_token_ids)
 
 
 class MlxBase:

@@ -6,25 +6,24 @@ One such worker serves all models; it keeps the tokenizers that were used last.
 from __future__ import annotations
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
-
-from mlx_lm.utils import load_tokenizer
 
 from mlx_router_shared.errors import InvalidRequest, LoadFailed
 from mlx_router_shared.generation import Counted, CountRequest, Event, Finish, FinishReason, Request, StreamEvents
 from mlx_router_shared.model_config import context_tokens, text_config
 from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
 from mlx_router_worker.engine import EngineReading, Report
+from mlx_router_worker.mlx_tokenizer import load_model_tokenizer
 from mlx_router_worker.repository_code import RepositoryCodeGuard
 from mlx_router_worker.text.renderer import PromptRenderer
 
 __all__ = ["TokenizerEngine"]
 
 _MOST_TOKENIZERS: Final = 4
+_READ: Final = (".json", ".jinja", ".model")
 
 
 class TokenizerEngine:
@@ -71,7 +70,7 @@ class TokenizerEngine:
         if renderer is None:
             self._guard.refuse(path)
             config: dict[str, Any] = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-            tokenizer = load_tokenizer(Path(path), {"trust_remote_code": False})
+            tokenizer = load_model_tokenizer(Path(path))
             size = int(text_config(config).get("vocab_size") or len(tokenizer))
             renderer = PromptRenderer(tokenizer, context_tokens(config), size)
         self._renderers[key] = renderer
@@ -83,6 +82,6 @@ class TokenizerEngine:
 
 def _stamp(folder: str) -> str:
     """What changes when a file is written that the prompts of a model depend on."""
-    with os.scandir(folder) as entries:
-        files = [entry for entry in entries if entry.name.endswith((".json", ".jinja", ".model")) and entry.is_file()]
-        return repr(sorted((entry.name, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in files))
+    files = [*Path(folder).iterdir(), *Path(folder).glob("additional_chat_templates/*.jinja")]
+    facts = [(file, file.stat()) for file in files if file.suffix in _READ]
+    return repr(sorted((str(file), stat.st_mtime_ns, stat.st_size, stat.st_ino) for file, stat in facts))

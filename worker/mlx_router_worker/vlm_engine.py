@@ -29,8 +29,9 @@ from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, Unsu
 from mlx_router_shared.generation import GenerationRequest, Message
 from mlx_router_shared.protocol import Load
 from mlx_router_worker.engine import Report
-from mlx_router_worker.mlx_base import load_model_tokenizer, refuse_additions
+from mlx_router_worker.mlx_base import refuse_additions
 from mlx_router_worker.mlx_engine import PREFILL_TOKENS, MlxEngine, Prompt
+from mlx_router_worker.mlx_tokenizer import load_model_tokenizer
 from mlx_router_worker.text.renderer import PromptRenderer, is_chat
 from mlx_router_worker.text.template_traits import CallStyle
 

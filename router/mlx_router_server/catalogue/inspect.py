@@ -38,6 +38,7 @@ _LARGEST_NUMBER: Final = 2**40  # of anything that a configuration counts
 _LARGEST_JSON: Final = 32 * 2**20
 _LARGEST_TEXT: Final = 2 * 2**20
 _UNPACKED_BITS: Final = {"BF16": "BF16", "F16": "F16", "F32": "F32"}
+_DIGESTED: Final = ("config.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 _FOREIGN: Final = {
     Kind.ADAPTER: "it is an adapter and goes on top of a model: name it as `adapter` of one, or create one from both",
     Kind.DRAFT: "it is a draft head for another model and answers nothing by itself",
@@ -177,8 +178,9 @@ def _weight_files(folder: Path) -> list[Path]:
 def _default_template(template: Any) -> str:
     """The text that is shown as the model's template: of several named ones the default."""
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default") or template_for_tools(template)
+        template = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+    if isinstance(template, dict):
+        template = template.get("default") or template_for_tools(template)
     return template if isinstance(template, str) else ""
 
 
@@ -301,10 +303,10 @@ def _digest(folder: Path, weight_files: list[Path]) -> str:
     In a hub cache the weights are links to blobs that are named by their hash, which settles it.
     """
     digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
-        path = folder / name
+    templates = [folder / "chat_template.json", *sorted(folder.glob("additional_chat_templates/*.jinja"))]
+    for path in [*(folder / name for name in _DIGESTED), *templates]:
         if path.is_file():
-            digest.update(name.encode() + b"\0" + path.read_bytes())
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
     tokenizers = [path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).is_file()]
     for path in [*tokenizers, *weight_files]:
         size = path.stat().st_size
