@@ -172,6 +172,25 @@ def test_a_models_dir_that_is_a_model_is_served(home: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.req("R27")
+def test_what_is_hidden_by_its_place_is_listed(home: Path, tmp_path: Path) -> None:
+    """A folder of the same name in other letters or in another root, one too deep, and a root that is gone."""
+    root, other = tmp_path / "models", tmp_path / "others"
+    for folder in (root / "PAIR", root / "pair", root / "a" / "b" / "deep", other / "pair", root / "a" / "good"):
+        _copy(folder)
+    arguments = [argument for path in (root, other, tmp_path / "gone") for argument in ("--models-dir", str(path))]
+    with running_router(home, *arguments) as router:
+        assert router.generate("a/good", prompt="Hello!")["done"] is True
+        assert router.generate("pair", prompt="Hello!")["done"] is True
+        unservable = router.status()["router"]["unservable"]
+        assert unservable == {
+            "pair": f"{root / 'PAIR'} has the same name",
+            str(other / "pair"): f"{root / 'PAIR'} has the same name",
+            "a/b/deep": "it lies too deep: models_dirs hold MODEL or ORG/MODEL; name the folder above it there",
+            str(tmp_path / "gone"): "its folder cannot be read: No such file or directory",
+        }
+
+
+@pytest.mark.req("R27")
 def test_a_models_dir_that_cannot_be_read_is_listed(home: Path, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     _unreadable_parent(locked)

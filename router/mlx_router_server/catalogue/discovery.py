@@ -15,6 +15,7 @@ __all__ = ["Found", "discover_folders", "discover_hub", "hub_cache"]
 
 _WEIGHTS: Final = (".safetensors", ".gguf", ".npz")
 _STRAY: Final = "it is a link that leads out of the folder: name the folder that it leads to in models_dirs"
+_TOO_DEEP: Final = "it lies too deep: models_dirs hold MODEL or ORG/MODEL; name the folder above it there"
 _MODEL_MARKS: Final = ("adapter_config.json", "model_index.json", "fake.json")
 
 
@@ -91,6 +92,7 @@ def discover_folders(root: Path) -> Iterator[Found]:
         if (root / "config.json").is_file():
             yield Found(root.name, root, "folder", root)
             return
+        root.stat()
         entries = _entries(root)
     except OSError as error:
         yield Found(str(root), root, "folder", root, _unreadable(error))
@@ -117,9 +119,12 @@ def _discover_folder(entry: os.DirEntry[str], name: str, root: Path, depth: int)
         return
     if any(child.name in _MODEL_MARKS or child.name.endswith(_WEIGHTS) for child in below):
         yield Found(name, path, "folder", root)  # the reason, or what it is instead, is found by reading it
-    elif depth > 1:
-        for child in below:
+        return
+    for child in below:
+        if depth > 1:
             yield from _discover_folder(child, f"{name}/{child.name}", root, depth - 1)
+        elif (path / child.name / "config.json").is_file():
+            yield Found(f"{name}/{child.name}", path / child.name, "folder", root, _TOO_DEEP)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -152,7 +152,12 @@ class IndexBuilder:
                 reason = found.problem or "the name of its folder cannot be a model's name"
                 unservable[found.name] = Unservable(reason=reason)
                 continue
-            if name.key in entries:
+            if (known := entries.get(name.key)) is not None:
+                if known.source == found.source and known.path != found.path:
+                    taken = found.name in (*known.name.spellings, *unservable)
+                    unservable[str(found.path) if taken else found.name] = Unservable(
+                        reason=f"{known.path} has the same name"
+                    )
                 continue
             if isinstance(files, Unservable):
                 unservable[found.name] = files
