@@ -40,6 +40,7 @@ FIELD_RULES = (
     ollama_requests.GENERATE_FIELDS,
     ollama_requests.EMBED_FIELDS,
     ollama_requests.EMBEDDINGS_FIELDS,
+    ollama_requests.SHOW_FIELDS,
     ollama_management.PULL_FIELDS,
     ollama_management.CREATE_FIELDS,
     ollama_management.COPY_FIELDS,

@@ -126,6 +126,10 @@ def _inside(**item: Any) -> dict[str, Any]:
     return {"model": "demo", "messages": [{"role": "user", "content": "Hello!", **item}], "max_tokens": 1}
 
 
+_ASKED = {"model": "demo", "input": "x", "max_output_tokens": 1}
+_FUNCTION = {"type": "function", "function": {"name": "f"}}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "names"),
     [
@@ -149,7 +153,24 @@ def _inside(**item: Any) -> dict[str, Any]:
         ("/v1/messages", {**_inside(), "thinking": {"type": "disabled", "depth": 4}}, "thinking.depth"),
         ("/v1/responses", {"model": "demo", "input": [{"role": "user", "content": [
             {"type": "input_text", "text": "x", "odd": 1}]}], "text": {"verbosity": "low"}, "max_output_tokens": 1},
-         "input[].content[].odd"),
+         "input[].content[].odd,text.verbosity"),
+        ("/v1/responses", {**_ASKED, "include": ["message.output_text.logprobs", "file_search_call.results"]},
+         "include[1]"),
+        ("/v1/responses", {**_ASKED, "input": [{"type": "web_search_call"}, {"role": "user", "content": "x"}]},
+         "input[0]"),
+        ("/v1/responses", {**_ASKED, "tools": [{"type": "web_search"}, {"type": "custom", "name": "c"}, {
+            "type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "m"}]}]},
+         "tools[0],tools[1],tools[2].tools[0]"),
+        ("/v1/messages", {**_inside(), "tools": [{"type": "web_search_20250305", "name": "web_search"}, {
+            "name": "late", "input_schema": {}, "defer_loading": True}]}, "tools[0],tools[1]"),
+        ("/v1/chat/completions", _inside(name="Ann"), "messages[0].name"),
+        ("/v1/chat/completions", {**_inside(), "thinking": {"type": "auto"}}, "thinking.type"),
+        ("/v1/chat/completions", {**_inside(), "tool_choice": {}, "reasoning_effort": ""}, None),
+        ("/v1/chat/completions", {**_inside(), "tools": [_FUNCTION], "tool_choice": {
+            "type": "function", "function": {"name": "f", "odd": 1}}}, "tool_choice.function.odd"),
+        ("/api/chat", {**_inside(), "stream": False, "think": "", "max_tokens": None}, None),
+        ("/api/embed", {"model": "demo", "options": {"num_ctx": 64}, "odd": 1}, "odd,options.num_ctx"),
+        ("/api/show", {"model": "demo", "system": "x", "odd": 1}, "system,odd"),
         ("/api/chat", {**_inside(audio=["x"]), "stream": False, "options": {"num_predict": 1}},
          "messages[].audio,max_tokens"),
     ],
@@ -161,3 +182,51 @@ def test_what_is_ignored_inside_an_object_is_named(
     reply = call(demo_router, "POST", path, body)
     assert reply.status == 200, reply.body
     assert reply.headers.get("x-ignored-fields") == names
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        (
+            "/v1/chat/completions",
+            {**_inside(), "chat_template_kwargs": {"enable_thinking": "false"}},
+            "enable_thinking",
+        ),
+        ("/admin/plan", {"model": "demo", "odd": 1}, "odd"),
+    ],
+)
+def test_what_would_be_ignored_against_its_meaning_is_refused(
+    demo_router: RouterProcess, path: str, body: dict[str, Any], field: str
+) -> None:
+    reply = call(demo_router, "POST", path, body)
+    assert (reply.status, field in reply.body.decode()) == (400, True)
+
+
+def test_routes_that_manage_models_name_what_they_ignore(home: Path) -> None:
+    made = {"model": "made", "from": "demo", "stream": False, "parameters": {"num_gpu": 1, "top_k": 3},
+            "messages": [{"role": "user", "content": "x", "images": ["y"]}]}  # fmt: skip
+    with running_router(home) as router:
+        for method, path, body, names in (
+            ("POST", "/api/create", made, "messages[].images,parameters.num_gpu"),
+            ("POST", "/api/copy", {"source": "made", "destination": "copied", "odd": 1}, "odd"),
+            ("DELETE", "/api/delete", {"model": "copied", "odd": 1}, "odd"),
+        ):
+            reply = call(router, method, path, body)
+            assert (reply.status, reply.headers["x-ignored-fields"]) == (200, names), reply.body
+
+
+def test_a_strict_router_refuses_what_it_ignores_on_every_route(home: Path) -> None:
+    with running_router(home, "--strict", "true") as router:
+        for method, path, body in (
+            ("POST", "/v1/chat/completions", _inside(weight=1)),
+            ("POST", "/api/show", {"model": "demo", "odd": 1}),
+            ("POST", "/api/pull", {"model": "org/none", "insecure": True}),
+            ("POST", "/api/create", {"model": "made", "from": "demo", "odd": 1}),
+            ("POST", "/api/copy", {"source": "demo", "destination": "copied", "odd": 1}),
+            ("POST", "/api/push", {"model": "demo", "odd": 1}),
+            ("DELETE", "/api/delete", {"model": "demo", "odd": 1}),
+            ("POST", "/api/embed", {"model": "demo", "odd": 1}),
+        ):
+            reply = call(router, method, path, body)
+            assert (reply.status, b"ignores" in reply.body) == (400, True), (path, reply.body)
+        assert [entry.get("name") for entry in call(router, "GET", "/api/tags").json()["models"]] == ["demo:latest"]

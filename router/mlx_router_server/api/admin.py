@@ -40,7 +40,7 @@ _ANSWER_SECONDS: Final = 0.05  # so that the answer is out before the listener c
 _PAUSED: Final = (State.BACKOFF, State.FAILED)
 
 
-class _PlanBody(msgspec.Struct, kw_only=True):
+class _PlanBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: str = ""
 
 

@@ -39,7 +39,7 @@ from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFou
 from mlx_router_shared.generation import Event, Failure, Finish, Started, error_of
 from mlx_router_shared.generation import Request as CanonicalRequest
 
-__all__ = ["Answer", "AnswerStyle", "admit", "answer", "ignored_header", "load_only", "refuse_ignored"]
+__all__ = ["Answer", "AnswerStyle", "admit", "answer", "ignored_header", "load_only", "tell_ignored"]
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,13 @@ def refuse_ignored(server: Server, ignored: tuple[str, ...]) -> None:
     if server.settings.strict and ignored:
         names = ", ".join(ignored)
         raise InvalidRequest(f"this server ignores {names}, and its operator wants that refused", param=ignored[0])
+
+
+def tell_ignored(server: Server, ignored: tuple[str, ...]) -> dict[str, str]:
+    """The header that names the fields which change nothing. Raises ``InvalidRequest`` where the operator wants them
+    refused."""
+    refuse_ignored(server, ignored)
+    return ignored_header(ignored)
 
 
 def ignored_header(ignored: tuple[str, ...]) -> dict[str, str]:
@@ -141,7 +148,7 @@ class Answer:
         request_id = scope.get("state", {}).get("request_id", "")
         renderer = self._style.stream() if self._call.stream and self._style.stream is not None else None
         if self._call.ignored:
-            log.info("event=ignored_fields request=%s names=%r", request_id, ",".join(self._call.ignored))
+            log.info("event=ignored_fields request=%s names=%r", request_id, shown_in_header(self._call.ignored))
         outcome = "internal"  # unless something better is known: an exception that nobody expected is a defect
         happenings = self._server.supervisor.happenings
         happenings.tell("request", request=request_id, model=self._name, stream=self._call.stream)

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
+from mlx_router_server.api.answer import tell_ignored
 from mlx_router_server.api.body import body_parts, parse_body
 from mlx_router_server.api.disconnect import ClientLeft, unless_client_leaves
 from mlx_router_server.api.errors import error_response
@@ -25,7 +26,6 @@ from mlx_router_server.catalogue.names import ModelName, parse_name
 from mlx_router_server.catalogue.overlay import Overlay, Turn
 from mlx_router_server.catalogue.store import Store
 from mlx_router_server.dialects.body import ndjson_line
-from mlx_router_server.dialects.fields import shown_in_header
 from mlx_router_server.dialects.ollama_management import (
     parse_copy,
     parse_create,
@@ -72,12 +72,12 @@ class Progress:
     """
 
     def __init__(
-        self, models: Models, work: AsyncGenerator[JobEvent, None], *, lines: bool, ignored: tuple[str, ...] = ()
+        self, models: Models, work: AsyncGenerator[JobEvent, None], *, lines: bool, headers: dict[str, str]
     ) -> None:
         self._models = models
         self._work = work
         self._lines = lines
-        self._headers = {"x-ignored-fields": shown_in_header(ignored)} if ignored else {}
+        self._headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -131,12 +131,13 @@ def _check_may_make(request: Request, names: tuple[str, ...]) -> None:
 
 async def pull(request: Request) -> Progress:
     asked, lines, ignored = await parse_body(request, parse_pull)
+    headers = tell_ignored(server_of(request), ignored)
     name = parse_name(asked)
     _check_may_make(request, _names(request, name))
     models = _models(request)
     await server_of(request).catalogue.wait_ready()
     work = models.pull(name)
-    return Progress(models, _begun(work) if lines else work, lines=lines, ignored=ignored)
+    return Progress(models, _begun(work) if lines else work, lines=lines, headers=headers)
 
 
 async def _begun(work: AsyncGenerator[JobEvent, None]) -> AsyncGenerator[JobEvent, None]:
@@ -151,6 +152,7 @@ async def _begun(work: AsyncGenerator[JobEvent, None]) -> AsyncGenerator[JobEven
 
 async def create(request: Request) -> Progress:
     asked = await parse_body(request, parse_create)
+    headers = tell_ignored(server_of(request), asked.ignored)
     name = parse_name(asked.model)
     _check_may_make(request, name.spellings)
     catalogue = server_of(request).catalogue
@@ -182,7 +184,7 @@ async def create(request: Request) -> Progress:
             first = await anext(work)  # an error at the start becomes the status of the response
     except StopAsyncIteration:
         first = JobDone()
-    return Progress(models, _after(first, work), lines=asked.stream, ignored=asked.ignored)
+    return Progress(models, _after(first, work), lines=asked.stream, headers=headers)
 
 
 async def _after(first: JobEvent, work: AsyncGenerator[JobEvent, None]) -> AsyncGenerator[JobEvent, None]:
@@ -193,7 +195,8 @@ async def _after(first: JobEvent, work: AsyncGenerator[JobEvent, None]) -> Async
 
 
 async def copy(request: Request) -> Response:
-    source, destination = await parse_body(request, parse_copy)
+    source, destination, ignored = await parse_body(request, parse_copy)
+    headers = tell_ignored(server_of(request), ignored)
     _name(source, f'source "{source}" is invalid')
     target = _name(destination, f'destination "{destination}" is invalid')
     _check_may_make(request, target.spellings)
@@ -204,11 +207,12 @@ async def copy(request: Request) -> Response:
         raise ModelNotFound(f'model "{source}" not found', param="source") from None
     with storage_faults():
         await models.copy(entry, target)
-    return Response(status_code=200)
+    return Response(status_code=200, headers=headers)
 
 
 async def delete(request: Request) -> Response:
-    asked, force = await parse_body(request, parse_delete)
+    asked, force, ignored = await parse_body(request, parse_delete)
+    headers = tell_ignored(server_of(request), ignored)
     name = _name(asked, f'name "{asked}" is invalid')
     models, server = _models(request), server_of(request)
     await server.catalogue.wait_ready()
@@ -219,7 +223,7 @@ async def delete(request: Request) -> Response:
         freed = await Remover(models).remove(entry, force=force)
     if all(other.runner != entry.runner for other in server.catalogue.entries()):
         server.supervisor.unload(entry.runner, "deleted")
-    return Response(status_code=200, headers={"x-freed-bytes": str(freed)})
+    return Response(status_code=200, headers={**headers, "x-freed-bytes": str(freed)})
 
 
 def _name(text: str, complaint: str) -> ModelName:
@@ -230,7 +234,8 @@ def _name(text: str, complaint: str) -> ModelName:
 
 
 async def push(request: Request) -> Response:
-    asked = await parse_body(request, parse_push)
+    asked, ignored = await parse_body(request, parse_push)
+    tell_ignored(server_of(request), ignored)
     parse_name(asked)
     raise UnsupportedCapability(
         "this server does not push models: `hf upload` puts a folder on the Hugging Face hub", param="model"

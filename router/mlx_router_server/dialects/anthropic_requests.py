@@ -250,6 +250,7 @@ def _tools(items: list[dict[str, Any]], ignored: list[str]) -> list[Tool]:
     for number, item in enumerate(items):
         tool = convert(item, _Tool, f"tools.{number}.")
         if tool.type.startswith(_SERVER_TOOLS) or tool.defer_loading:
+            ignored.append(f"tools[{number}]")
             continue
         if tool.type != "custom":
             raise UnsupportedCapability(f"tools of type {tool.type!r} are not supported", param=f"tools.{number}.type")

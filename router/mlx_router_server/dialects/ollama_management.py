@@ -110,6 +110,7 @@ COPY_FIELDS: Final = FieldRules(route="POST /api/copy", body=_CopyBody)
 CREATE_FIELDS: Final = FieldRules(
     route="POST /api/create",
     body=_CreateBody,
+    inside={"messages[]": _Turn},
     ignored={
         "renderer": _OWN_FORMAT,
         "parser": _OWN_FORMAT,
@@ -157,18 +158,17 @@ def parse_pull(body: bytes) -> tuple[str, bool, tuple[str, ...]]:
     return pull.asked, pull.stream, PULL_FIELDS.check(data)
 
 
-def parse_push(body: bytes) -> str:
+def parse_push(body: bytes) -> tuple[str, tuple[str, ...]]:
+    """The name, and the fields that are ignored."""
     data = read_object(body, fold_case=True)
-    PUSH_FIELDS.check(data)
-    return _required(convert(data, _PushBody))
+    return _required(convert(data, _PushBody)), PUSH_FIELDS.check(data)
 
 
-def parse_delete(body: bytes) -> tuple[str, bool]:
-    """The name, and whether files that are not ours may go."""
+def parse_delete(body: bytes) -> tuple[str, bool, tuple[str, ...]]:
+    """The name, whether files that are not ours may go, and the fields that are ignored."""
     data = read_object(body, fold_case=True)
     delete = convert(data, _DeleteBody)
-    DELETE_FIELDS.check(data)
-    return _required(delete), delete.force
+    return _required(delete), delete.force, DELETE_FIELDS.check(data)
 
 
 def _required(named: _Named) -> str:
@@ -177,11 +177,11 @@ def _required(named: _Named) -> str:
     return named.asked
 
 
-def parse_copy(body: bytes) -> tuple[str, str]:
+def parse_copy(body: bytes) -> tuple[str, str, tuple[str, ...]]:
+    """The names of source and destination, and the fields that are ignored."""
     data = read_object(body, fold_case=True)
     copy = convert(data, _CopyBody)
-    COPY_FIELDS.check(data)
-    return copy.source.strip(), copy.destination.strip()
+    return copy.source.strip(), copy.destination.strip(), COPY_FIELDS.check(data)
 
 
 def parse_create(body: bytes) -> CreateCall:
@@ -202,7 +202,7 @@ def parse_create(body: bytes) -> CreateCall:
             raise InvalidRequest(
                 f"unsupported quantization {create.quantize!r}; there are {', '.join(_QUANTIZATIONS)}", param="quantize"
             )
-    parse_options(create.parameters)
+    parameters = parse_options(create.parameters)
     if create.template:
         render_prompt(create.template, "system", "prompt")
     return CreateCall(
@@ -217,7 +217,7 @@ def parse_create(body: bytes) -> CreateCall:
         parameters={name: value for name, value in create.parameters.items() if value is not None},
         messages=_turns(create.messages),
         stream=create.stream,
-        ignored=ignored,
+        ignored=(*ignored, *(f"parameters.{name}" for name in parameters.ignored)),
     )
 
 

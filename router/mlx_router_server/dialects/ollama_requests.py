@@ -24,6 +24,7 @@ __all__ = [
     "EMBEDDINGS_FIELDS",
     "EMBED_FIELDS",
     "GENERATE_FIELDS",
+    "SHOW_FIELDS",
     "GenerateCall",
     "parse_chat",
     "parse_embed",
@@ -152,11 +153,14 @@ GENERATE_FIELDS: Final = FieldRules(
         "context": "token ids of an earlier answer, put before the prompt",
     },
 )
-EMBED_FIELDS: Final = FieldRules(
-    route="POST /api/embed", body=_EmbedBody, notes={"options": "only num_ctx has a meaning"}
-)
-EMBEDDINGS_FIELDS: Final = FieldRules(
-    route="POST /api/embeddings", body=_EmbeddingsBody, notes={"options": "only num_ctx has a meaning"}
+_NO_OPTION: Final = "none changes a vector, and each is named as ignored"
+EMBED_FIELDS: Final = FieldRules(route="POST /api/embed", body=_EmbedBody, notes={"options": _NO_OPTION})
+EMBEDDINGS_FIELDS: Final = FieldRules(route="POST /api/embeddings", body=_EmbeddingsBody, notes={"options": _NO_OPTION})
+SHOW_FIELDS: Final = FieldRules(
+    route="POST /api/show",
+    body=_ShowBody,
+    ignored={"system": "Ollama does not read it any more", "template": "as system", "options": "as system"},
+    notes={"verbose": "adds the list of tensors"},
 )
 
 
@@ -270,7 +274,7 @@ def parse_embed(body: bytes) -> GenerateCall:
     """Raises ``InvalidRequest``; without an input there is no ``call``, and the model is loaded only."""
     data = read_object(body, fold_case=True)
     embed = convert(data, _EmbedBody)
-    ignored = EMBED_FIELDS.check(data)
+    ignored = EMBED_FIELDS.check(data) + _embedding_options(embed.options)
     texts = [embed.input] if isinstance(embed.input, str) else embed.input or []
     if not isinstance(texts, list) or (embed.input is not None and not isinstance(embed.input, str | list)):
         raise InvalidRequest("invalid input type", param="input")
@@ -278,46 +282,48 @@ def parse_embed(body: bytes) -> GenerateCall:
         raise InvalidRequest("invalid input type", param="input")
     keep_alive = _keep_alive(embed.keep_alive)
     if texts in ([], [""]):
-        return GenerateCall(model=embed.model, keep_alive_seconds=keep_alive, call=None)
+        return GenerateCall(model=embed.model, keep_alive_seconds=keep_alive, call=None, ignored=ignored)
     request = EmbeddingRequest(
         texts=texts,
         truncate=embed.truncate,
         dimensions=limit_of(embed.dimensions),
         normalize=True,
     )
-    return _embedding_call(embed.model, keep_alive, request, embed.options, ignored)
+    return _embedding_call(embed.model, keep_alive, request, ignored)
 
 
 def parse_embeddings(body: bytes) -> GenerateCall:
     """The older form: one text, and the vector as the model makes it, without unit length."""
     data = read_object(body, fold_case=True)
     embed = convert(data, _EmbeddingsBody)
-    ignored = EMBEDDINGS_FIELDS.check(data)
+    ignored = EMBEDDINGS_FIELDS.check(data) + _embedding_options(embed.options)
     keep_alive = _keep_alive(embed.keep_alive)
     if not embed.prompt:
-        return GenerateCall(model=embed.model, keep_alive_seconds=keep_alive, call=None)
+        return GenerateCall(model=embed.model, keep_alive_seconds=keep_alive, call=None, ignored=ignored)
     request = EmbeddingRequest(texts=[embed.prompt], truncate=False, normalize=False)
-    return _embedding_call(embed.model, keep_alive, request, embed.options, ignored)
+    return _embedding_call(embed.model, keep_alive, request, ignored)
 
 
 def _embedding_call(
-    model: str, keep_alive: float | None, request: EmbeddingRequest, options: dict[str, Any], ignored: tuple[str, ...]
+    model: str, keep_alive: float | None, request: EmbeddingRequest, ignored: tuple[str, ...]
 ) -> GenerateCall:
     needs = {Needs.EMBEDDING: Need('"{name}" does not support embeddings')}
-    call = Call(
-        model=model, requests=(request,), keep_alive_seconds=keep_alive, needs=needs,
-        ignored=ignored + tuple(f"options.{name}" for name, value in options.items() if value is not None),
-    )  # fmt: skip
+    call = Call(model=model, requests=(request,), keep_alive_seconds=keep_alive, needs=needs, ignored=ignored)
     return GenerateCall(model=model, keep_alive_seconds=keep_alive, call=call)
 
 
-def parse_show(body: bytes) -> tuple[str, bool]:
-    """The name that is asked for, and whether tensors are wanted."""
-    show = convert(read_object(body, fold_case=True), _ShowBody)
+def _embedding_options(options: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(f"options.{name}" for name, value in options.items() if value is not None)
+
+
+def parse_show(body: bytes) -> tuple[str, bool, tuple[str, ...]]:
+    """The name that is asked for, whether tensors are wanted, and the fields that are ignored."""
+    data = read_object(body, fold_case=True)
+    show = convert(data, _ShowBody)
     name = show.model or show.name
     if not name.strip():
         raise InvalidRequest("model is required", param="model")
-    return name, show.verbose
+    return name, show.verbose, SHOW_FIELDS.check(data)
 
 
 def _option_names(options: Options) -> tuple[str, ...]:
@@ -346,8 +352,8 @@ def _schema(form: Any) -> AnswerSchema | None:
 
 def _thinking(think: Any) -> tuple[bool | None, str | None]:
     """Whether to think, and how hard; None leaves it to the model."""
-    if think is None or isinstance(think, bool):
-        return think, None
+    if think is None or think == "" or isinstance(think, bool):
+        return (think if isinstance(think, bool) else None), None
     if isinstance(think, str):
         if think in _EFFORTS:
             return True, think

@@ -17,6 +17,7 @@ __all__ = [
     "IMAGE_NAMES",
     "OPENAI_DEFAULTS",
     "PART_NAMES",
+    "TOOL_CHOICE_NAMES",
     "SamplingFields",
     "ToolUse",
     "check_ranges",
@@ -33,6 +34,11 @@ __all__ = [
 PART_NAMES: Final = frozenset({"type", "text", "refusal", "image_url"})
 """The fields of a message's part that mean something here."""
 IMAGE_NAMES: Final = frozenset({"url"})
+TOOL_CHOICE_NAMES: Final = {
+    "tool_choice": frozenset({"type", "name", "function", "allowed_tools", "mode", "tools"}),
+    "tool_choice.function": frozenset({"name"}),
+    "tool_choice.allowed_tools": frozenset({"mode", "tools"}),
+}
 OPENAI_DEFAULTS: Final = Sampling(temperature=1.0, top_p=1.0)
 _MOST_BIASES: Final = 1000
 _EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
@@ -160,7 +166,7 @@ def function_name(choice: dict[str, Any]) -> Any:
 
 def tool_use(tools: list[Tool], choice: Any) -> ToolUse:
     """What ``tool_choice`` makes of the tools; raises ``InvalidRequest`` for one that makes no sense."""
-    if choice is None or choice == "auto":
+    if not choice or choice == "auto":
         return ToolUse(tools, [])
     if choice == "none":
         return ToolUse([], [])  # a call cannot be made where no tool is known

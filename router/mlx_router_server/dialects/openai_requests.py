@@ -16,6 +16,7 @@ from mlx_router_server.dialects.openai_common import (
     IMAGE_NAMES,
     OPENAI_DEFAULTS,
     PART_NAMES,
+    TOOL_CHOICE_NAMES,
     SamplingFields,
     check_ranges,
     is_token_ids,
@@ -175,6 +176,7 @@ CHAT_FIELDS: Final = FieldRules(
         "response_format.json_schema": frozenset({"name", "description", "schema", "strict"}),
         "reasoning": frozenset({"effort"}),
         "thinking": frozenset({"type"}),
+        **TOOL_CHOICE_NAMES,
     },
 )
 COMPLETION_FIELDS: Final = FieldRules(
@@ -203,13 +205,13 @@ def parse_chat_completion(body: bytes) -> Call:
         raise UnsupportedCapability("this server answers in text only", param="modalities")
     use = tool_use(read_tools(chat.tools, ignored), chat.tool_choice)
     options = parse_options(chat.options)
-    thinking, effort = _thinking(chat)
+    thinking, effort = _thinking(chat, ignored)
     needs = {Needs.COMPLETION: Need('"{name}" does not support chat')}
     if use.offered:
         needs[Needs.TOOLS] = Need("{full} does not support tools")
     messages = []
     for number, item in enumerate(chat.messages):
-        message, image_at = _message(number, item)
+        message, image_at = _message(number, item, ignored)
         if image_at:
             needs.setdefault(Needs.VISION, Need("{full} does not support images", image_at))
         messages.append(message)
@@ -340,20 +342,26 @@ def read_response_format(form: dict[str, Any], param: str) -> AnswerSchema | Non
     return answer_schema(schema, param)
 
 
-def _thinking(chat: _ChatBody) -> tuple[bool | None, str | None]:
+def _thinking(chat: _ChatBody, ignored: list[str]) -> tuple[bool | None, str | None]:
+    """Whether to think, and how hard; the most particular of the fields that say so wins."""
     effort = chat.reasoning_effort or chat.reasoning.get("effort")
     if effort is not None:
         return read_effort(effort, "reasoning_effort")
     said = chat.enable_thinking
-    if said is None and isinstance(chat.chat_template_kwargs.get("enable_thinking"), bool):
-        said = chat.chat_template_kwargs["enable_thinking"]
-    if said is None and chat.thinking.get("type") in ("enabled", "disabled"):
-        said = chat.thinking["type"] == "enabled"
+    switch = chat.chat_template_kwargs.get("enable_thinking")
+    if switch is not None and not isinstance(switch, bool):
+        raise InvalidRequest("enable_thinking must be true or false", param="chat_template_kwargs.enable_thinking")
+    said = switch if said is None else said
+    kind = chat.thinking.get("type")
+    if said is None and kind in ("enabled", "disabled"):
+        return kind == "enabled", None
+    if kind not in (None, "enabled", "disabled"):
+        ignored.append("thinking.type")
     return said, None
 
 
-def _message(number: int, item: dict[str, Any]) -> tuple[Message, str]:
-    """A message, and where in it the first image is, if one is."""
+def _message(number: int, item: dict[str, Any], ignored: list[str]) -> tuple[Message, str]:
+    """A message, and where in it the first image is, if one is. Chat templates know no names of speakers."""
     at = f"messages[{number}]"
     message = convert(item, _Message, f"{at}.")
     if message.role not in _ROLES:
@@ -367,6 +375,8 @@ def _message(number: int, item: dict[str, Any]) -> tuple[Message, str]:
         parts = [message.content]
     image_at = next((f"{at}.content[{n}]" for n, part in enumerate(parts) if isinstance(part, bytes)), "")
     role = _ROLES[message.role]
+    if message.name and role is not Role.TOOL:
+        ignored.append(f"{at}.name")
     return (
         Message(
             role=role,

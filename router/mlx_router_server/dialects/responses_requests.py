@@ -14,6 +14,7 @@ from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.openai_common import (
     OPENAI_DEFAULTS,
+    TOOL_CHOICE_NAMES,
     SamplingFields,
     check_ranges,
     limit_of,
@@ -70,6 +71,7 @@ class _Tool(Struct, kw_only=True):
     strict: bool = False
 
 
+_INCLUDED: Final = ("reasoning.encrypted_content", "message.output_text.logprobs")
 _HOSTED: Final = "accounting of a hosted service; nothing here depends on it"
 RESPONSE_FIELDS: Final = FieldRules(
     route="POST /v1/responses",
@@ -96,16 +98,16 @@ RESPONSE_FIELDS: Final = FieldRules(
         "input": "images as data URLs; items of hosted tools in a history are left out",
         "tools": "functions, and those of namespaces; types that a hosted service runs are left out",
         "tool_choice": "required, named and allowed_tools are enforced by a grammar: exactly one call",
-        "text": "json_object and json_schema are enforced by a grammar; verbosity has no meaning",
+        "text": "json_object and json_schema are enforced by a grammar",
         "store": "kept in memory, bounded in number, size and time; see responses_kept",
-        "include": "reasoning.encrypted_content and message.output_text.logprobs",
+        "include": f"{' and '.join(_INCLUDED)}; others are named as ignored",
         "truncation": "auto drops the oldest turns",
         "metadata": "echoed",
         "keep_alive": "Ollama's field, also by the header X-Keep-Alive",
         "options": "Ollama's field; the API's own fields win over it",
     },
     inside={
-        "text": frozenset({"format", "verbosity"}),
+        "text": frozenset({"format"}),
         "text.format": frozenset({"type", "name", "description", "schema", "strict", "json_schema"}),
         "reasoning": frozenset({"effort", "summary"}),
         "input[]": frozenset(
@@ -115,6 +117,9 @@ RESPONSE_FIELDS: Final = FieldRules(
             }
         ),
         "input[].content[]": frozenset({"type", "text", "refusal", "image_url", "annotations", "logprobs"}),
+        "tools[]": frozenset({"type", "name", "description", "parameters", "strict", "tools"}),
+        "tools[].tools[]": frozenset({"type", "name", "description", "parameters", "strict"}),
+        **TOOL_CHOICE_NAMES,
     },
 )  # fmt: skip
 
@@ -164,7 +169,8 @@ def parse_responses(body: bytes) -> ResponsesCall:
         raise InvalidRequest("truncation must be auto or disabled", param="truncation")
     if not asked.input and not asked.previous_response_id:
         raise InvalidRequest("input is required", param="input")
-    messages, image_at = _messages(asked.input)
+    ignored += [f"include[{number}]" for number, name in enumerate(asked.include) if name not in _INCLUDED]
+    messages, image_at = _messages(asked.input, ignored)
     tools, namespaces = _tools(asked.tools, ignored)
     use = tool_use(tools, asked.tool_choice)
     effort = asked.reasoning.get("effort")
@@ -245,7 +251,7 @@ def _as_items(text: str) -> list[dict[str, Any]]:
     return [{"type": "message", "role": "user", "content": content}] if text else []
 
 
-def _messages(items: str | list[dict[str, Any]]) -> tuple[list[Message], str]:
+def _messages(items: str | list[dict[str, Any]], ignored: list[str]) -> tuple[list[Message], str]:
     """The turns, and where the first image is. Reasoning and calls go into the assistant's turn they belong to."""
     if isinstance(items, str):
         return ([Message(role=Role.USER, content=items)] if items else []), ""
@@ -271,7 +277,9 @@ def _messages(items: str | list[dict[str, Any]]) -> tuple[list[Message], str]:
             thought = _reasoning(item)
         elif kind == "item_reference":
             raise InvalidRequest(f"{at}: items are not kept by id: use previous_response_id", param=at)
-        elif kind not in _DROPPED_ITEMS:
+        elif kind in _DROPPED_ITEMS:
+            ignored.append(at)
+        else:
             raise InvalidRequest(f"{at}: unknown input item type: {kind!r}", param=at)
     return out, image_at
 
@@ -353,12 +361,16 @@ def _tools(items: list[dict[str, Any]], ignored: list[str]) -> tuple[list[Tool],
         if kind == "function":
             tools.append(_tool(item, at, strict_tools, ignored))
         elif kind == "namespace" and isinstance(item.get("tools"), list):
-            for member in item["tools"]:
+            for index, member in enumerate(item["tools"]):
                 if isinstance(member, dict) and member.get("type", "function") == "function":
                     tool = _tool(member, at, strict_tools, ignored)
                     known_as = _in_namespace(str(item.get("name", "")), tool.name)
                     namespaces[known_as] = (str(item.get("name", "")), tool.name)
                     tools.append(msgspec.structs.replace(tool, name=known_as))
+                else:
+                    ignored.append(f"{at}.tools[{index}]")
+        else:
+            ignored.append(at)
     return tools, namespaces
 
 
