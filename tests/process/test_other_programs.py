@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from mlx_router_server.access.keys import local_key, renew_local_key
-from mlx_router_server.cli.client import Client
+from mlx_router_server.cli.client import Client, NoRouter
 from tests.support.command import command, command_on
 from tests.support.http import call
 from tests.support.program import serving
@@ -228,3 +228,19 @@ def test_help_of_client_commands_speaks_of_the_routers_address() -> None:
     text = command("ps", "--help").stdout
     assert "address of the router" in text
     assert "listen" not in text
+
+
+def test_a_program_that_accepts_and_says_nothing_holds_no_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that may take as long as a load does."""
+    monkeypatch.setattr("mlx_router_server.cli.client._LOOK_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = Client(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for ask in (
+            lambda: client.get("/api/tags"),
+            lambda: client.post("/admin/models/demo/load"),
+            lambda: client.delete("/api/delete", {"model": "demo"}),
+            lambda: list(client.stream("/api/generate", {"model": "demo"})),
+            lambda: list(client.events("/admin/events")),
+        ):
+            with pytest.raises(NoRouter, match="no router answers"):
+                ask()

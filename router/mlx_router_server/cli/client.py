@@ -94,6 +94,8 @@ class Client:
         self._answer_seconds = answer_seconds
         self._key = key
         self._unproved_key = local_key
+        self._answers = False
+        """Something at the address has answered within a limit of time."""
         parts = urlsplit(url)
         self._is_encrypted = parts.scheme == "https"
         self._host = parts.hostname or "127.0.0.1"
@@ -225,6 +227,9 @@ class Client:
         if self._unproved_key:
             key, self._unproved_key = self._unproved_key, ""
             self._key = key if self._knows(key) else ""
+        seconds = self._answer_seconds or answer_seconds
+        if seconds is None and not self._answers:
+            self._check_answers()
         connection = self._connection()
         headers = {}
         data = body
@@ -236,12 +241,30 @@ class Client:
             headers["authorization"] = f"Bearer {self._key}"
         try:
             connection.connect()
-            connection.sock.settimeout(self._answer_seconds or answer_seconds)
+            connection.sock.settimeout(seconds)
             connection.request(method, path, data, headers)
             return connection, connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            raise NoRouter(f"no router answers at {self.url} ({error}); start one with: mlx-router start") from None
+            raise self._no_router(error) from None
+
+    def _no_router(self, error: Exception) -> NoRouter:
+        return NoRouter(f"no router answers at {self.url} ({error}); start one with: mlx-router start")
+
+    def _check_answers(self) -> None:
+        """Raise ``NoRouter`` for a program that accepts connections and says nothing: a request that may take as long
+        as a load does would wait for it without end."""
+        connection = self._connection()
+        try:
+            connection.connect()
+            connection.sock.settimeout(_LOOK_SECONDS)
+            connection.request("GET", "/health")
+            connection.getresponse().read()
+        except (OSError, http.client.HTTPException) as error:
+            raise self._no_router(error) from None
+        finally:
+            connection.close()
+        self._answers = True
 
     def _connection(self) -> http.client.HTTPConnection:
         if not self._is_encrypted:
