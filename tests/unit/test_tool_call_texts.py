@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx_lm.tool_parsers import glm47, minimax_m2, mistral, qwen3_coder
+from mlx_lm.generate import TextStateMachine
+from mlx_lm.tool_parsers import glm47, mistral, qwen3_coder
 
 from mlx_router_shared.generation import TextDelta, ToolCallArguments, ToolCallDone, ToolCallStarted
 from mlx_router_worker.text.answer import AnswerBuilder
-from mlx_router_worker.text.json_calls import with_objects
+from mlx_router_worker.text.json_calls import repairing, with_objects
 
 _TOOL = {"type": "function", "function": {"name": "f", "parameters": {
     "type": "object", "properties": {"text": {"type": "string"}}}}}  # fmt: skip
@@ -89,44 +91,87 @@ _MISTRAL = {
 
 @pytest.mark.parametrize("body", _MISTRAL.values(), ids=_MISTRAL)
 def test_json_in_the_calls_of_another_family_is_repaired(body: str) -> None:
-    builder = AnswerBuilder(stops=[], parse_tool=lambda text: mistral.parse_tool_call(text, []))
+    builder = AnswerBuilder(stops=[], parse_tool=repairing(lambda text: mistral.parse_tool_call(text, [])))
     events = builder.feed([("tool", body), ("normal", "")])
     (done,) = [event for event in events if isinstance(event, ToolCallDone)]
     assert (done.name, json.loads(done.arguments)) == ("f", {"text": "a\nb \\d", "n": 1})
 
 
-_TAGGED = {
-    "glm": (glm47, "f<arg_key>text</arg_key><arg_value>{}</arg_value>"),
-    "qwen3-coder": (qwen3_coder, "<function=f>\n<parameter=text>\n{}\n</parameter>\n</function>"),
-    "minimax": (minimax_m2, '<invoke name="f"><parameter name="text">{}</parameter></invoke>'),
+_MACHINE = TextStateMachine({"normal": [("<tool_call>", "tool")], "tool": [("</tool_call>", "normal")]})
+_FORMS: dict[str, tuple[Any, str]] = {
+    "json": (json.loads, '{{"name": "f", "arguments": {{"text": "{}"}}}}'),
+    "glm": (partial(glm47.parse_tool_call, tools=[_TOOL]), "f<arg_key>text</arg_key><arg_value>{}</arg_value>"),
+    "qwen3-coder": (
+        partial(qwen3_coder.parse_tool_call, tools=[_TOOL]),
+        "\n<function=f>\n<parameter=text>\n{}\n</parameter>\n</function>\n",
+    ),
 }
 
 
-@pytest.mark.parametrize(("parser", "form"), _TAGGED.values(), ids=_TAGGED)
-@pytest.mark.parametrize("value", ["use {} now", "{}", "a {} b {} c"])
-def test_an_end_marker_inside_an_argument_is_part_of_it(parser: Any, form: str, value: str) -> None:
-    """What splits the text into kinds ends the call at the first marker."""
-    end = parser.tool_call_end
-    wanted = value.replace("{}", end)
-    builder = AnswerBuilder(stops=[], parse_tool=lambda text: parser.parse_tool_call(text, [_TOOL]),
-                            tool_markers=(parser.tool_call_start, end))  # fmt: skip
-    first, *others = form.format(wanted).split(end)
-    events = builder.feed([("tool", first)])
-    for piece in [*others[:-1], others[-1] + end + " done"]:
-        events += builder.feed([("normal", piece[:2]), ("normal", piece[2:])])
-        events += [] if piece.endswith("done") else builder.feed([("normal", end)])
-    events += builder.finish(cut=False)
-    (done,) = [event for event in events if isinstance(event, ToolCallDone)]
-    assert json.loads(done.arguments) == {"text": wanted}
-    assert "".join(event.text for event in events if isinstance(event, TextDelta)) == "done"
+def _split(parse: Any, text: str, size: int, *, incremental: bool = False, cut: bool = False) -> tuple[list[Any], str]:
+    """The calls and the text of an answer that mlx-lm splits into kinds."""
+    builder = AnswerBuilder(stops=[], parse_tool=parse, tool_markers=("<tool_call>", "</tool_call>"),
+                            json_calls=parse is json.loads, incremental=incremental)  # fmt: skip
+    state, events = _MACHINE.make_state("normal"), []
+    for at in range(0, len(text), size):
+        state, pieces = _MACHINE.split(state, text[at : at + size])
+        events += builder.feed(pieces)
+    state, rest, kind = _MACHINE.flush(state)
+    events += builder.feed([(kind, rest)]) + builder.finish(cut=cut)
+    calls = [(event.name, json.loads(event.arguments)) for event in events if isinstance(event, ToolCallDone)]
+    return calls, "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+@pytest.mark.parametrize("form", _FORMS)
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+@pytest.mark.parametrize(
+    "value",
+    ["use </tool_call> now", "</tool_call>", "x </tool_call> y <tool_call> z", "x <tool_call>5</tool_call> y",
+     "a </tool_call> b </tool_call> c", "the tag <arg_value> and <parameter=x>", "it's"],
+)  # fmt: skip
+def test_markers_inside_an_argument_are_part_of_it(form: str, size: int, value: str) -> None:
+    parse, written = _FORMS[form]
+    call = f"<tool_call>{written.format(value)}</tool_call>"
+    assert _split(parse, call + call + " done", size) == ([("f", {"text": value})] * 2, "done")
 
 
 def test_a_value_that_is_never_closed_ends_with_its_call() -> None:
-    builder = AnswerBuilder(stops=[], parse_tool=lambda text: qwen3_coder.parse_tool_call(text, [_TOOL]),
-                            tool_markers=("<tool_call>", "</tool_call>"))  # fmt: skip
-    events = builder.feed([("tool", "<function=f>\n<parameter=text>\nabc\n</function>\n"), ("normal", " done")])
-    assert [event.name for event in events if isinstance(event, ToolCallDone)] == ["f"]
-    assert [event.text for event in events if isinstance(event, TextDelta)] == ["done"]
+    parse = _FORMS["qwen3-coder"][0]
+    body = "<tool_call><function=f>\n<parameter=text>\nabc\n</function>\n</tool_call> done"
+    assert _split(parse, body, 5) == ([("f", {})], "done")
+    body = "<tool_call>f<arg_key>text</arg_key><arg_value>abc</tool_call> done"
+    assert _split(_FORMS["glm"][0], body, 5)[1] == "done"
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_an_apostrophe_in_plain_text_opens_no_string(size: int) -> None:
+    text = "<tool_call>I don't know</tool_call>Hello there, answer"
+    assert _split(json.loads, text, size) == ([], text)
+    call = f'<tool_call>{_F}{{"n": 1}}}} it\'s done</tool_call> and more'
+    calls, shown = _split(json.loads, call, size)
+    assert (calls, shown.split()) == ([("f", {"n": 1})], ["it's", "doneand", "more"]), (
+        "white space at a call is dropped"
+    )
+
+
+@pytest.mark.parametrize("rest", [' {"name": "f", "argu', ' {"name": "f", "arguments": {"n": 22', " {"])
+def test_of_a_call_that_a_limit_cuts_nothing_is_shown(rest: str) -> None:
+    text = f'<tool_call>{_F}{{"n": 1}}}}{rest}'
+    for incremental in (False, True):
+        assert _split(json.loads, text, 3, incremental=incremental, cut=True) == ([("f", {"n": 1})], "")
+
+
+@pytest.mark.parametrize("depth", [400, 2000, 50_000])
+def test_brackets_of_any_depth_raise_nothing(depth: int) -> None:
+    deep = "[" * depth + "]" * depth
+    for body in (f'{{"arguments": {{"a": {deep}}}, "name": "f"}}', f'{_F}{{"a": {deep}}}}}', f'{{"a": {deep}}}'):
+        for incremental in (False, True):
+            _split(json.loads, f"<tool_call>{body}</tool_call>", 10_000, incremental=incremental)
+
+
+def test_a_long_number_takes_no_time() -> None:
+    body = f'{_F}{{"n": {"0" * 50_000}x}}}}'
+    assert _split(json.loads, f"<tool_call>{body}</tool_call>", 1000)[0] == []
 
 
 def test_objects_that_a_family_writes_as_text_are_objects() -> None:

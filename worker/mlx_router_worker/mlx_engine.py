@@ -48,7 +48,7 @@ from mlx_router_worker.mlx_sampling import Samplers, processors_for
 from mlx_router_worker.mlx_scoring import PromptScore
 from mlx_router_worker.sampling import first_said, read_generation_config
 from mlx_router_worker.text.answer import AnswerBuilder
-from mlx_router_worker.text.json_calls import with_objects
+from mlx_router_worker.text.json_calls import repairing, with_objects
 from mlx_router_worker.text.prompt import template_tools
 from mlx_router_worker.text.renderer import PromptRenderer, is_chat
 from mlx_router_worker.text.token_bytes import is_token
@@ -253,6 +253,8 @@ class MlxEngine(MlxBase):
     def _answer_builder(self, request: GenerationRequest) -> AnswerBuilder:
         tools = template_tools(request.tools)
         parse_tool = (lambda text: with_objects(self._tokenizer.tool_parser(text, tools), tools)) if tools else None
+        if parse_tool is not None and self._guides.calls_hold_json:
+            parse_tool = repairing(parse_tool)
         return AnswerBuilder(
             stops=request.stop,
             parse_tool=parse_tool if self._tokenizer.has_tool_calling or request.forced_tools else None,

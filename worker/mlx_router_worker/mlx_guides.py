@@ -16,6 +16,7 @@ from mlx_router_worker.text.schemas import answer_grammar, call_grammar
 __all__ = ["Guides"]
 
 _JSON_CALLS: Final = "mlx_lm.tool_parsers.json_tools"
+_JSON_ARGUMENTS: Final = "mlx_lm.tool_parsers.mistral"
 
 
 class Guides:
@@ -30,6 +31,11 @@ class Guides:
     def calls_are_json(self) -> bool:
         """Whether this model's family writes tool calls as JSON between two markers."""
         return getattr(self._tokenizer.tool_parser, "__module__", "") == _JSON_CALLS
+
+    @property
+    def calls_hold_json(self) -> bool:
+        """Whether the arguments of its calls are JSON, behind a name that is not."""
+        return getattr(self._tokenizer.tool_parser, "__module__", "") == _JSON_ARGUMENTS
 
     def guide(self, request: GenerationRequest, pieces: Any, budget: int) -> GuideProcessor | None:
         """Return what watches an answer token by token; None if nothing has to.

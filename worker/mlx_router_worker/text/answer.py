@@ -21,7 +21,7 @@ from mlx_router_shared.generation import (
     ToolCallDone,
     ToolCallStarted,
 )
-from mlx_router_worker.text.json_calls import JsonCallReader, ReadCall, calls_in, read_json, repaired
+from mlx_router_worker.text.json_calls import JsonCallReader, ReadCall, calls_in, read_json
 from mlx_router_worker.text.stop_strings import StopStrings
 from mlx_router_worker.text.tagged_calls import end_of_call, is_in_value
 
@@ -66,8 +66,12 @@ class AnswerBuilder:
         self._calls = 0
         self._read = 0
         """Calls of the block that is being written."""
-        self._unread = ""
-        """What stands between those calls and is none."""
+        self._no_calls = ""
+        """Text between those calls that is not a call."""
+        self._raw_kind = "normal"
+        """The kind of the last piece, before an end marker inside an argument was undone."""
+        self._searched = 0
+        """So far the call has been searched for its end."""
         self._reopened = False
         """What looked like the end of a call was inside one of its strings."""
         self._skipping = self._skipped = ""
@@ -102,15 +106,18 @@ class AnswerBuilder:
         for kind, text in pieces:
             if self.complete or self.failed:
                 break
+            raw_kind, self._raw_kind = self._raw_kind, kind
+            if self._skipping:
+                kind = self._kind_while_skipping(raw_kind, kind, events)
             if self._forced and kind == "normal":
                 if self._kind != "tool" and not text.strip():
                     continue
                 kind = "tool"
-            elif self._kind == "tool" and kind == "normal" and self._is_inside_value():
-                # The model wrote the end marker as part of an argument.
-                if not self._reopened:
-                    self._reopened = True
-                    text = self._markers[1] + text
+            elif self._kind == "tool" and (self._reopened or kind == "normal") and self._is_inside_value():
+                # The model wrote the end marker as part of an argument, and may write more markers in it.
+                if kind != raw_kind:
+                    text = self._markers[kind == "normal"] + text
+                self._reopened = True
                 kind = "tool"
             if self._skipping and kind == "normal":
                 self._skip_marker(text, events)
@@ -125,8 +132,16 @@ class AnswerBuilder:
                 self._say(text, events)
         return events
 
+    def _kind_while_skipping(self, before: str, kind: str, events: list[Event]) -> str:
+        """How to take a piece behind a call that is whole, before its end marker has been seen."""
+        if before == "tool" and kind == "normal":
+            # What splits the text has taken the end marker out of it.
+            skipped, self._skipping, self._skipped = self._skipped, "", ""
+            self._say(skipped, events)
+        return "normal" if before == kind == "tool" else kind
+
     def _is_inside_value(self) -> bool:
-        """Whether a call that seems to end is in the middle of an argument."""
+        """Whether an apparent end marker is inside an argument."""
         if self._parse_tool is None or not self._markers[1]:
             return False
         return self._reopened or (self._reader.in_string if self._json_calls else is_in_value(self._call))
@@ -136,6 +151,8 @@ class AnswerBuilder:
         events: list[Event] = []
         if self.complete or self.failed:
             return events
+        if self._kind == "tool" and self._reopened and not self._json_calls:
+            self._end_reopened(events, at_any=True)  # an argument that is never closed
         if self._kind == "tool":
             # Some families never close their last call: the end of the turn closes it.
             self._end_call(events, closed=not cut, at_end=True)
@@ -198,12 +215,8 @@ class AnswerBuilder:
     def _write_call(self, text: str, events: list[Event]) -> None:
         self._call += text
         if not self._json_calls or self._parse_tool is None:
-            if self._reopened and (at := end_of_call(self._call, self._markers[1])) >= 0:
-                rest = self._call[at + len(self._markers[1]) :]
-                self._call = self._call[:at]
-                self._end_call(events, closed=True, at_end=False)
-                self._kind = "normal"
-                self._say(rest, events)
+            if self._reopened:
+                self._end_reopened(events)
             return
         while text and not self.failed:
             calls, text = self._reader.feed(text)
@@ -217,8 +230,25 @@ class AnswerBuilder:
                 self._skip_marker(text, events)
                 return
             if text:
-                self._unread += self._reader.rest
+                self._no_calls += self._reader.rest
                 self._reader = JsonCallReader()
+
+    def _end_reopened(self, events: list[Event], *, at_any: bool = False) -> None:
+        """End a tagged call at the first end marker outside of its arguments; with ``at_any`` at the first of all."""
+        marker = self._markers[1]
+        start, self._searched = self._searched, max(len(self._call) - len(marker), 0)
+        at = self._call.find(marker) if at_any else end_of_call(self._call, marker, start)
+        if at < 0:
+            return
+        rest = self._call[at + len(marker) :]
+        self._call = self._call[:at]
+        self._end_call(events, closed=True, at_end=False)
+        self._kind = self._raw_kind = "normal"
+        # What follows may hold further calls, whose markers were put back.
+        while rest and not self.complete:
+            text, opened, rest = rest.partition(self._markers[0])
+            body, _, rest = rest.partition(marker)
+            events += self.feed([("normal", text), *([("tool", body), ("normal", "")] if opened else [])])
 
     def _note_call(self, call: ReadCall, events: list[Event]) -> None:
         if call.begins:
@@ -234,7 +264,7 @@ class AnswerBuilder:
         """A call whose last bracket has been written."""
         try:
             whole = isinstance(json.loads(call.arguments), dict)
-        except ValueError:
+        except (ValueError, RecursionError):
             whole = False
         if whole:
             done = ToolCallDone(index=self._calls, id=self._call_id, name=call.name, arguments=call.arguments)
@@ -262,7 +292,8 @@ class AnswerBuilder:
         text, self._call = self._call, ""
         reader, self._reader = self._reader, JsonCallReader()
         read, self._read = self._read, 0
-        unread, self._unread = self._unread + reader.rest, ""
+        no_calls, self._no_calls = self._no_calls + reader.rest, ""
+        self._searched = 0
         self._reopened = False
         if reader.begun and self._incremental:
             # A call of which parts have been sent cannot become text any more.
@@ -274,8 +305,8 @@ class AnswerBuilder:
         if read:
             self._space = ""
             self._at_edge = True
-            if unread:
-                events.append(TextDelta(text=unread))
+            if no_calls and closed:
+                self._say(no_calls, events)
             return
         calls = self._read_calls(text) if closed else None
         if calls is None:
@@ -303,14 +334,10 @@ class AnswerBuilder:
         """Name, arguments and the model's own id of each call; None if this is no call."""
         if self._parse_tool is None:
             return None
-        attempts: list[tuple[ToolParser, str]] = []
-        if not self._forced:
-            attempts += [(self._parse_tool, text), (self._parse_tool, repaired(text))]
-        if self._json_calls:
-            attempts.append((read_json, text))
-        for parse, written in attempts:
+        parsers = [] if self._forced else [self._parse_tool]
+        for parse in [*parsers, read_json] if self._json_calls else parsers:
             try:
-                return calls_in(parse(written))
+                return calls_in(parse(text))
             except Exception:  # noqa: S112  # the parsers are many and raise what they like: this is no call for it
                 continue
         return None

@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
-__all__ = ["JsonCallReader", "ReadCall", "calls_in", "plain_json", "read_json", "repaired", "with_objects"]
+__all__ = ["JsonCallReader", "ReadCall", "calls_in", "plain_json", "read_json", "repairing", "with_objects"]
 
 _HEAD: Final = re.compile(
     r'[\s,;\[\]}]*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
@@ -24,7 +25,7 @@ _WORDS: Final = {
     "True": "true", "False": "false", "None": "null", "NaN": "null", "Infinity": "null", "-Infinity": "null"
 }  # fmt: skip
 _NUMBER_CHARACTERS: Final = frozenset("0123456789+-.")
-_ODD_NUMBER: Final = re.compile(r"([+-]?)0*([0-9]*)(?:\.([0-9]*))?([eE][+-]?[0-9]+)?")
+_ODD_NUMBER: Final = re.compile(r"([+-]?)0*+([0-9]*+)(?:\.([0-9]*+))?([eE][+-]?[0-9]+)?")
 _BETWEEN_CALLS: Final = " \t\r\n,;[]}"
 _HIGH: Final = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")
 _LOW: Final = re.compile(r"\\u[dD][c-fC-F][0-9a-fA-F]{2}")
@@ -45,6 +46,8 @@ class _Repair:
         self._word = ""
         self._comma = ""
         """A comma and the white space behind it, held back until something else than a closing bracket follows."""
+        self._before = ""
+        """The last character outside of strings that is no white space."""
         self._high = ""
         """The first half of a surrogate pair, held back until the second half follows."""
 
@@ -101,6 +104,9 @@ class _Repair:
         return character
 
     def _outside(self, character: str) -> str:
+        before = self._before
+        if not character.isspace():
+            self._before = character
         if character.isalpha() or character in _NUMBER_CHARACTERS:
             self._word += character
             return ""
@@ -112,7 +118,7 @@ class _Repair:
         if character == ",":
             self._comma = ","
             return comma + word
-        if character in "\"'":
+        if character == '"' or (character == "'" and self.depth > 0 and before in "{[,:"):
             self.in_string = True
             self._quote, character = character, '"'
         elif character in "{[":
@@ -159,8 +165,11 @@ class JsonCallReader:
         """The depth around the call."""
         self._fresh = False
         self._no_calls = ""
+        """Objects that are no calls."""
+        self._raw = ""
+        """As the model wrote it, since the last call was whole."""
         self._started = False
-        """The text holds more than what stands between calls."""
+        """Text other than separators has been read since the last call."""
 
     @property
     def begun(self) -> bool:
@@ -179,8 +188,8 @@ class JsonCallReader:
 
     @property
     def rest(self) -> str:
-        """What has been read and is no call."""
-        return self._no_calls + self._text.strip(_BETWEEN_CALLS)
+        """What has been read and is no whole call, as the model wrote it."""
+        return self._no_calls + self._raw.strip(_BETWEEN_CALLS)
 
     def feed(self, text: str) -> tuple[list[ReadCall], str]:
         """Take a piece. Returns the calls or pieces of calls in it, and what follows the last closing bracket."""
@@ -190,6 +199,7 @@ class JsonCallReader:
             depth = self._repair.depth
             added = self._repair.take(character)
             self._text += added
+            self._raw += character
             if not self._started and added.strip(_BETWEEN_CALLS):
                 self._started = True
                 self._outer = depth
@@ -204,7 +214,7 @@ class JsonCallReader:
                 pending += added
                 if self._repair.depth == self._outer + 1 and not self._repair.in_string:
                     calls.append(self._piece(pending, done=True))
-                    pending, self._name, self._text, self._started = "", None, "", False
+                    pending, self._name, self._text, self._raw, self._started = "", None, "", "", False
             if depth > 0 and self._repair.depth == 0:
                 return calls, text[at + 1 :]
         if self._name is not None and pending:
@@ -212,13 +222,15 @@ class JsonCallReader:
         return calls, ""
 
     def _whole_calls(self) -> list[ReadCall]:
-        """The object that has just been closed, if it is a call."""
+        """The call in the object that has just been closed, if it is one."""
         text, self._text, self._started = self._text.lstrip(_BETWEEN_CALLS), "", False
         try:
             found = calls_in(json.loads(text))
-        except ValueError:
-            self._no_calls += text
-            return []
+        except (ValueError, RecursionError):
+            found = []
+        if text and not found:
+            self._no_calls += self._raw
+        self._raw = ""
         return [ReadCall(name, True, arguments, True, arguments) for name, arguments, _ in found]
 
     def _piece(self, more: str, *, done: bool) -> ReadCall:
@@ -254,8 +266,8 @@ def calls_in(parsed: Any) -> list[tuple[str, str, str]]:
 
 
 def with_objects(parsed: Any, tools: list[dict[str, Any]]) -> Any:
-    """What a family's parser has read, where an object or list that its schema asks for was left as text because it is
-    only nearly JSON. ``tools`` are in OpenAI's shape."""
+    """Parse string arguments for which the tool's schema asks for an object or array: a family's parser leaves them as
+    text where they are only nearly JSON. ``tools`` are in OpenAI's shape."""
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
     for call in parsed if isinstance(parsed, list) else [parsed]:
         arguments = call.get("arguments") if isinstance(call, dict) else None
@@ -264,15 +276,30 @@ def with_objects(parsed: Any, tools: list[dict[str, Any]]) -> Any:
         properties = schema.get("properties")
         for name, value in arguments.items():
             wanted = properties.get(name) if isinstance(properties, dict) else None
-            kind = wanted.get("type") if isinstance(wanted, dict) else None
-            if isinstance(value, str) and kind in ("object", "array") and value.strip()[:1] in ("{", "["):
-                with suppress(ValueError):
+            kinds = wanted.get("type") if isinstance(wanted, dict) else None
+            kinds = kinds if isinstance(kinds, list) else [kinds]
+            is_wanted = "string" not in kinds and ("object" in kinds or "array" in kinds)
+            if isinstance(value, str) and is_wanted and value.strip()[:1] in ("{", "["):
+                with suppress(ValueError, RecursionError):
                     arguments[name] = read_json(value)
     return parsed
 
 
-def repaired(text: str) -> str:
-    """A text that holds JSON, with what is nearly JSON in it turned into JSON."""
+def repairing(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a parser that tries again with repaired JSON where ``parse`` raises; for families whose calls are JSON
+    behind a name."""
+
+    def parse_repaired(text: str) -> Any:
+        try:
+            return parse(text)
+        except Exception:  # the parsers raise what they like
+            return parse(_repaired(text))
+
+    return parse_repaired
+
+
+def _repaired(text: str) -> str:
+    """Return the text with near-JSON in it repaired."""
     repair = _Repair()
     out = ""
     for character in text.strip() + "\n":
