@@ -245,11 +245,14 @@ def test_a_number_that_does_not_end_is_ended(grammars: Grammars) -> None:
     guide = Guide(markers=_MARKERS, end_tokens=_END, budget=100_000, text=grammars.follow(answer_grammar(_SCHEMA)))
     _write(guide, grammars, '{"name": "x", "n": 1')
     seven = grammars.tokenizer.tokenize_str("7")[0]
-    written = 0
-    while not guide.cut and _permits(guide.allowed(), seven):
-        guide.take(seven)
-        written += 1
-    assert 4000 < written < 4500
+    drawn = [seven]
+    while drawn[-1] not in _END:
+        mask = as_mask(guide.allowed(_always(seven)), 1024)
+        drawn.append(seven if mask is None or mask[seven] else int(np.flatnonzero(mask)[-1]))
+        guide.take(drawn[-1])
+        assert len(drawn) < 5000
+    text = grammars.tokenizer.decode_bytes(drawn[1:-1]).decode()
+    assert 4000 < len(str(json.loads('{"name": "x", "n": 1' + text)["n"])) < 4300
     assert guide.cut
 
 

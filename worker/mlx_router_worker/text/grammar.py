@@ -48,6 +48,8 @@ class Grammars:
         self.end_tokens = end_tokens
         self.closers = self._single_tokens(*_CLOSERS)
         texts = {token: self.tokenizer.decode_bytes([token]) for token in range(self.size)}
+        self.number_tokens = np.array([texts[token][:1] != b"" and texts[token][0] in _NUMBER_BYTES
+                                       for token in range(self.size)], dtype=np.bool_)  # fmt: skip
         brackets = [token for token, text in texts.items() if len(text) > 1 and set(text) <= _BRACKETS]
         self.longest_closers = sorted(brackets, key=lambda token: -len(texts[token])) + self.closers
         self._string_ends = [token for token, text in texts.items()
@@ -129,6 +131,11 @@ class Follower:
     def end_of_value(self) -> list[int] | None:
         """Few tokens after which the value that is being written may end; None if none were found."""
         return _WayOut(self._grammars).leave_value(self.copy())
+
+    def without_numbers(self, mask: Mask) -> Mask | None:
+        """The part of a mask that does not go on with a number; None where the number may not end."""
+        closing = mask & ~self._grammars.number_tokens
+        return closing if closing.any() else None
 
     def can_end_with(self, tokens: list[int]) -> bool:
         """Whether these tokens may come next, and the text may end after them."""

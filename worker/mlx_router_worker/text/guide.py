@@ -23,13 +23,14 @@ from mlx_router_worker.text.grammar import Follower, Mask
 
 __all__ = ["AllBut", "Allowed", "Favourite", "Guide", "Markers", "as_mask"]
 
-_LONGEST_NUMBER: Final = 4300
-"""Characters: the longest integer that Python reads. A model that goes on will not stop by itself."""
+_LONGEST_NUMBER: Final = 4000
+"""Characters, and those of one more token: Python reads integers of up to 4,300. A model that goes on will not stop by
+itself."""
 _LEAST_ANSWER: Final = 16
-"""Tokens beyond the shortest answer that thinking leaves; less of a small budget."""
+"""Tokens that thinking reserves beyond the shortest answer, at most 1/``_SPARE_PART`` of the budget."""
 _SPARE_PART: Final = 8
 _MOST_TRIED: Final = 64
-"""Tokens of a way out, up to which a new one is searched for after each choice of the model."""
+"""Tokens of the longest way out for which a new search is made after each token."""
 # One token can open a block and a name in it (`{"`): what has to be closed then, and the token itself.
 _MOST_GROWTH: Final = 8
 
@@ -272,10 +273,12 @@ class Guide:
         mask = follower.mask()
         if self._leave_value:
             self._leave_value = False
-            if (end := follower.end_of_value()) is not None:
-                self.cut = True
+            self.cut = True
+            if (closing := follower.without_numbers(mask)) is not None:
+                return closing
+            if end := follower.end_of_value():
                 self._forced.extend(end[1:])
-                return end[:1] if end else mask
+                return end[:1]
         if self._way is None:
             return mask
         if not self._way:
@@ -308,8 +311,8 @@ class Guide:
         return way if way is not None and len(way) + self._tail < self._left else None
 
     def _back_to_way(self, scout: Follower) -> list[int] | None:
-        """A way out that leaves the value that is being written and then goes on with a part of the known way: it costs
-        little, however long that is."""
+        """Finish the value that is being written, then continue with a tail of the known way out; cheap for a long
+        one."""
         assert self._way is not None
         for leave in ([], scout.end_of_value()):
             if leave is None:
