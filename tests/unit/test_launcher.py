@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from mlx_router_server.workers.launcher import WorkerProcess
+from mlx_router_server.workers.launcher import WorkerProcess, launch
+from mlx_router_shared.protocol import Bootstrap
 
 _TRACEBACK = """Traceback (most recent call last):
   File "x.py", line 1, in <module>
@@ -72,3 +73,32 @@ def test_a_traceback_without_an_end_takes_no_more_memory_than_its_last_lines() -
         return kept
 
     assert asyncio.run(relay()) == 60
+
+
+def test_a_worker_that_is_ended_at_once_is_told_by_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvloop refuses to write to a process that has gone already."""
+
+    class _Stdin:
+        def write(self, data: bytes) -> None:
+            raise RuntimeError("the handler is closed")
+
+        def close(self) -> None:
+            pass
+
+    class _Ended(_Process):
+        returncode = -15
+        stdin: Any = _Stdin()
+
+        async def wait(self) -> int:
+            return -15
+
+    async def start(*arguments: object, **options: object) -> Any:
+        return _Ended("")
+
+    monkeypatch.setattr("asyncio.create_subprocess_exec", start)
+
+    async def run() -> str:
+        worker = await launch(Bootstrap(endpoint="ipc:///none", worker_id="w", token="t", engine="mlx"))
+        return worker.describe_exit(await worker.wait())
+
+    assert asyncio.run(run()) == "its worker process was ended by signal SIGTERM"

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections import deque
+from contextlib import suppress
 from typing import Final
 
 from mlx_router_shared.codec import encode_bootstrap
@@ -169,5 +170,6 @@ async def launch(bootstrap: Bootstrap) -> WorkerProcess:
         start_new_session=True,
     )
     assert process.stdin is not None
-    process.stdin.write(encode_bootstrap(bootstrap))
+    with suppress(OSError, RuntimeError):  # it was ended already, as its exit status will say; uvloop has the second
+        process.stdin.write(encode_bootstrap(bootstrap))
     return WorkerProcess(bootstrap.worker_id, process)
