@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 __all__ = [
     "ChatCapabilities",
+    "additional_templates",
     "chat_capabilities",
     "chat_template_type",
     "processor_template",
@@ -76,15 +77,15 @@ def read_chat_template(folder: Path) -> Any:
     template: Any = _read_text(folder / "chat_template.jinja")
     if not template:
         template = read_tokenizer_config(folder).get("chat_template") or processor_template(folder)
-    more = {path.stem: _read_text(path) for path in _additional_templates(folder)}
+    more = {path.stem: _read_text(path) for path in additional_templates(folder)}
     if isinstance(template, str) and more:
         return {"default": template, **more} if template else more
     return template if isinstance(template, str | list) else ""
 
 
 def processor_template(folder: Path) -> str:
-    """The chat template in ``chat_template.json``, which transformers reads for processors alone, where a model has no
-    other; else empty."""
+    """Return the template of ``chat_template.json`` if the model has no other, else empty. Transformers reads that file
+    for processors only."""
     if (folder / "chat_template.jinja").is_file() or read_tokenizer_config(folder).get("chat_template"):
         return ""
     template = _read_object(folder / "chat_template.json").get("chat_template")
@@ -92,12 +93,13 @@ def processor_template(folder: Path) -> str:
 
 
 def chat_template_type(tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The template among mlx-lm's own that a tokenizer names; None if it names none, or one that does not exist."""
+    """Return the built-in mlx-lm template that the config names; None if it names none or an unknown one."""
     named = tokenizer_config.get("chat_template_type")
     return named if isinstance(named, str) and named in _TEMPLATE_TYPES else None
 
 
-def _additional_templates(folder: Path) -> list[Path]:
+def additional_templates(folder: Path) -> list[Path]:
+    """The files of named templates beside the default one."""
     try:
         return sorted((folder / "additional_chat_templates").glob("*.jinja"))[:_MOST_TEMPLATES]
     except OSError:

@@ -14,6 +14,7 @@ from mlx_router_shared.capabilities import _TEMPLATE_TYPES, _TOOL_PARSERS, chat_
 from mlx_router_shared.generation import Counted, CountRequest, GenerationRequest, Message, Role, Tool, ToolCallDone
 from mlx_router_shared.protocol import Load
 from mlx_router_worker.mlx_engine import MlxEngine
+from mlx_router_worker.mlx_tokenizer import load_model_tokenizer
 from mlx_router_worker.tokenizer_engine import TokenizerEngine
 from tests.support.engine import play
 from tests.tiny_models.parrot import make_parrot
@@ -79,6 +80,33 @@ def test_a_template_is_found_wherever_it_stands(tmp_path: Path, where: str) -> N
     counted = TokenizerEngine(lambda data: None).submit("c", CountRequest(path=str(folder), request=ask))[0]
     assert isinstance(counted, Counted)
     assert counted.text == "go<f>"
+
+
+def test_what_no_file_names_is_left_to_mlx_lm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some architectures have a parser and a template of their own, which a value of None would take away."""
+    options: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "mlx_router_worker.mlx_tokenizer.load_tokenizer", lambda path, said, **more: options.append(said)
+    )
+    load_model_tokenizer(make_parrot(tmp_path / "p", ["x"], chat_template=_CHAT))
+    named = {"tool_parser_type": "nonesuch", "chat_template_type": "nonesuch"}
+    load_model_tokenizer(make_parrot(tmp_path / "q", ["x"], chat_template=_CHAT, tokenizer_config=named))
+    assert options == [{"trust_remote_code": False}, {"trust_remote_code": False, **dict.fromkeys(named)}]
+
+
+def test_counting_is_not_disturbed_by_a_link_to_nowhere(tmp_path: Path) -> None:
+    folder = make_parrot(tmp_path / "p", ["x"])
+    (folder / "old.json").symlink_to("gone.json")
+    ask = GenerationRequest(messages=[Message(role=Role.USER, content="go")])
+    counted = TokenizerEngine(lambda data: None).submit("c", CountRequest(path=str(folder), request=ask))[0]
+    assert isinstance(counted, Counted)
+
+
+def test_a_template_too_large_to_be_read_is_not_read_for_the_digest(tmp_path: Path) -> None:
+    folder = make_parrot(tmp_path / "p", ["x"])
+    with (folder / "chat_template.json").open("wb") as stream:
+        stream.truncate(2**40)  # a sparse file
+    assert inspect_folder(folder).digest
 
 
 def test_every_parser_and_template_of_mlx_lm_is_known() -> None:

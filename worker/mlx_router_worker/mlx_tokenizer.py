@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, loaded alike where the model is and where only its prompts are counted."""
+"""Load a model's tokenizer, the same way for generation and for counting."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ def load_model_tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
     options: dict[str, Any] = {
         # Spelt out: a tokenizer that wants to run code of its own is refused, and nobody is asked on standard input.
         "trust_remote_code": False,
-        # Without a name mlx-lm looks at the vocabulary by the same rules. A name that it does not know would raise.
+    }
+    # Without a name mlx-lm takes the architecture's, or looks at the vocabulary by the same rules as we do.
+    named = {
         "tool_parser_type": chat_capabilities(read_chat_template(path), None, config).tool_parser or None,
         "chat_template_type": chat_template_type(config),
     }
+    # A name that mlx-lm does not know would raise, and None takes it away.
+    options |= {option: name for option, name in named.items() if name is not None or option in config}
     if template := processor_template(path):
         options["chat_template"] = template
     return load_tokenizer(path, options, eos_token_ids=eos_token_ids)

@@ -83,5 +83,5 @@ class TokenizerEngine:
 def _stamp(folder: str) -> str:
     """What changes when a file is written that the prompts of a model depend on."""
     files = [*Path(folder).iterdir(), *Path(folder).glob("additional_chat_templates/*.jinja")]
-    facts = [(file, file.stat()) for file in files if file.suffix in _READ]
+    facts = [(file, file.stat()) for file in files if file.suffix in _READ and file.is_file()]
     return repr(sorted((str(file), stat.st_mtime_ns, stat.st_size, stat.st_ino) for file, stat in facts))

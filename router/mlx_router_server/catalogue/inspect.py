@@ -23,6 +23,7 @@ from mlx_router_server.catalogue.kinds import Kind, foreign_kind
 from mlx_router_server.catalogue.quantization import quantized_bits, why_unreadable
 from mlx_router_server.catalogue.safetensors import WeightFacts, list_tensors, read_weights
 from mlx_router_shared.capabilities import (
+    additional_templates,
     chat_capabilities,
     read_chat_template,
     read_tokenizer_config,
@@ -303,9 +304,9 @@ def _digest(folder: Path, weight_files: list[Path]) -> str:
     In a hub cache the weights are links to blobs that are named by their hash, which settles it.
     """
     digest = hashlib.sha256()
-    templates = [folder / "chat_template.json", *sorted(folder.glob("additional_chat_templates/*.jinja"))]
+    templates = [folder / "chat_template.json", *additional_templates(folder)]
     for path in [*(folder / name for name in _DIGESTED), *templates]:
-        if path.is_file():
+        if path.is_file() and path.stat().st_size <= _LARGEST_JSON:  # a larger one is not read at all
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     tokenizers = [path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).is_file()]
     for path in [*tokenizers, *weight_files]:
