@@ -177,17 +177,25 @@ def test_what_is_hidden_by_its_place_is_listed(home: Path, tmp_path: Path) -> No
     root, other = tmp_path / "models", tmp_path / "others"
     for folder in (root / "PAIR", root / "pair", root / "a" / "b" / "deep", other / "pair", root / "a" / "good"):
         _copy(folder)
-    arguments = [argument for path in (root, other, tmp_path / "gone") for argument in ("--models-dir", str(path))]
-    with running_router(home, *arguments) as router:
+    (root / "a" / "b" / "locked").mkdir(mode=0o000)
+    (root / "a" / "b" / "web").mkdir()
+    (root / "a" / "b" / "web" / "config.json").write_text("{}")
+    _copy(tmp_path / "once" / "twice-named")
+    (tmp_path / "again").symlink_to(tmp_path / "once")
+    roots = (root, other, tmp_path / "gone", tmp_path / "once", tmp_path / "again")
+    arguments = [argument for path in roots for argument in ("--models-dir", str(path))]
+    with running_router(home, *arguments, python=_BOUND_BY_PERMISSIONS) as router:
         assert router.generate("a/good", prompt="Hello!")["done"] is True
         assert router.generate("pair", prompt="Hello!")["done"] is True
         unservable = router.status()["router"]["unservable"]
         assert unservable == {
-            "pair": f"{root / 'PAIR'} has the same name",
-            str(other / "pair"): f"{root / 'PAIR'} has the same name",
-            "a/b/deep": "it lies too deep: models_dirs hold MODEL or ORG/MODEL; name the folder above it there",
+            "pair": f"its name is taken by {root / 'PAIR'}: rename one of them",
+            str(other / "pair"): f"its name is taken by {root / 'PAIR'}: rename one of them",
+            "a/b/deep": "nested too deeply: models_dirs hold MODEL or ORG/MODEL; "
+            "add the folder above it to models_dirs",
             str(tmp_path / "gone"): "its folder cannot be read: No such file or directory",
         }
+    (root / "a" / "b" / "locked").chmod(0o755)
 
 
 @pytest.mark.req("R27")

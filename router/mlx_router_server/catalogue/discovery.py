@@ -15,7 +15,7 @@ __all__ = ["Found", "discover_folders", "discover_hub", "hub_cache"]
 
 _WEIGHTS: Final = (".safetensors", ".gguf", ".npz")
 _STRAY: Final = "it is a link that leads out of the folder: name the folder that it leads to in models_dirs"
-_TOO_DEEP: Final = "it lies too deep: models_dirs hold MODEL or ORG/MODEL; name the folder above it there"
+_TOO_DEEP: Final = "nested too deeply: models_dirs hold MODEL or ORG/MODEL; add the folder above it to models_dirs"
 _MODEL_MARKS: Final = ("adapter_config.json", "model_index.json", "fake.json")
 
 
@@ -123,8 +123,17 @@ def _discover_folder(entry: os.DirEntry[str], name: str, root: Path, depth: int)
     for child in below:
         if depth > 1:
             yield from _discover_folder(child, f"{name}/{child.name}", root, depth - 1)
-        elif (path / child.name / "config.json").is_file():
+        elif _looks_like_model(path / child.name):
             yield Found(f"{name}/{child.name}", path / child.name, "folder", root, _TOO_DEEP)
+
+
+def _looks_like_model(folder: Path) -> bool:
+    """Whether a folder holds a configuration and weights; False for one that cannot be read."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return False
+    return "config.json" in names and any(name.endswith(_WEIGHTS) for name in names)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

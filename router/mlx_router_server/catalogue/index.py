@@ -153,10 +153,10 @@ class IndexBuilder:
                 unservable[found.name] = Unservable(reason=reason)
                 continue
             if (known := entries.get(name.key)) is not None:
-                if known.source == found.source and known.path != found.path:
+                if known.source == found.source and not _is_same_folder(known.path, found.path):
                     taken = found.name in (*known.name.spellings, *unservable)
                     unservable[str(found.path) if taken else found.name] = Unservable(
-                        reason=f"{known.path} has the same name"
+                        reason=f"its name is taken by {known.path}: rename one of them"
                     )
                 continue
             if isinstance(files, Unservable):
@@ -340,6 +340,14 @@ class IndexBuilder:
                 )
             self._inspected[key] = known
         return known
+
+
+def _is_same_folder(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one folder, by a link or a case that the file system does not tell apart."""
+    try:
+        return one == other or one.samefile(other)
+    except OSError:
+        return False
 
 
 def _stats(folder: Path) -> dict[str, os.stat_result]:
