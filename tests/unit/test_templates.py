@@ -161,6 +161,7 @@ def test_every_conversation_is_rendered_and_nothing_of_it_is_lost(name: str, con
         "{% for t in xml_tools or [] %}{{ t | tojson }}{% endfor %}" + _TURNS,
         "{% if tools %}{{ raise_exception('no tools') }}{% endif %}" + _TURNS,
         "{% if tools %}you have tools{% endif %}" + _TURNS,
+        "{% for m in messages if m.role == 'system' %}{{ tools | tojson }}{% endfor %}" + _TURNS,
     ],
 )
 def test_forty_conversations_with_tools_and_without_lose_nothing(template: str) -> None:
@@ -170,6 +171,8 @@ def test_forty_conversations_with_tools_and_without_lose_nothing(template: str) 
 def test_tools_are_given_in_the_argument_that_shows_them() -> None:
     assert _probe(_NEEDS_TOOLS).tools == "tools"
     assert _probe("{% for t in xml_tools or [] %}{{ t | tojson }}{% endfor %}" + _TURNS).tools == "xml_tools"
+    in_system = "{% for m in messages if m.role == 'system' %}{{ tools | tojson }}{% endfor %}" + _TURNS
+    assert (_probe(in_system).tools, _probe(in_system).tools_need_system) == ("tools", True)
     assert _probe("{% if tools %}you have tools{% endif %}" + _TURNS).tools == ""
     assert not _probe(_RESULTS_BEHIND_CALLS).results_apart
 
@@ -188,6 +191,9 @@ def test_what_templates_leave_out_or_write_otherwise_is_not_lost() -> None:
     assert count_lost_words("None True inner 15,000", messages) == 0
     assert count_lost_words("None True 15,000", messages) == 1
     assert count_lost_words("", [_turn("assistant", "", tool_calls=[ToolCall(name="f", arguments="[" * 100_000)])]) == 0
+    assert count_lost_words("用户：你好世界", [_turn("user", "你好世界")]) == 0
+    assert count_lost_words("用户：", [_turn("user", "你好世界")]) == 1
+    assert count_lost_words("x", [_turn("user", " ".join(f"word{n}" for n in range(1000)))]) == 50
 
 
 def test_traits_are_what_the_templates_do() -> None:

@@ -1,7 +1,7 @@
 """Limits on the rendering of a chat template, which is a program that a stranger wrote.
 
-Processor time is limited by a timer signal, memory by a resource limit of the process. A signal does not interrupt a
-call into C: a multiplied string is stopped by its memory, and a loop by its time.
+The time limit stops a loop, the memory limit a huge multiplied string. Neither interrupts a single call into C that
+needs little memory: such a template is left to the router's watchdog.
 """
 
 from __future__ import annotations
@@ -9,31 +9,33 @@ from __future__ import annotations
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Final, NoReturn
+from typing import Final
 
 __all__ = ["TemplateOverrun", "template_limits"]
 
 _SECONDS: Final = 5.0
-"""Processor time of the process. Rendering ten million characters takes less than a second."""
+"""Processor time of the thread. Rendering ten million characters takes less than a second."""
 _MEMORY_BYTES: Final = 2 * 2**30
-"""Address space beyond what the process has already."""
+"""Address space allowed on top of the current size."""
 _SIZES: Final = Path("/proc/self/statm")
 """Linux only: its first number is the address space in pages."""
 
 
 class TemplateOverrun(BaseException):
-    """The template went over a limit. No ``Exception``, so that nothing that expects a template to fail goes on."""
+    """Raised when a template exceeds a limit. Derived from ``BaseException`` so that handlers of template errors do not
+    catch it."""
 
 
 @contextmanager
 def template_limits(seconds: float = _SECONDS) -> Iterator[None]:
     """Raise ``TemplateOverrun`` in the block when it takes too much time, and ``MemoryError`` for too much memory.
 
-    Time is limited on the main thread alone, and memory on Linux alone.
+    Time is limited on the main thread alone, and memory on Linux alone. Blocks may not be nested.
     """
     with _memory_limit(), _time_limit(seconds):
         yield
@@ -44,9 +46,14 @@ def _time_limit(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    end = time.thread_time() + seconds
 
-    def stop(_signal: int, _frame: FrameType | None) -> NoReturn:
-        raise TemplateOverrun(f"takes more than {seconds:g} s")
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        # The timer counts the time of all threads of the process.
+        left = end - time.thread_time()
+        if left <= 0:
+            raise TemplateOverrun(f"takes more than {seconds:g} s")
+        signal.setitimer(signal.ITIMER_VIRTUAL, left)
 
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)

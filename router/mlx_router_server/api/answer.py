@@ -39,7 +39,7 @@ from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFou
 from mlx_router_shared.generation import Event, Failure, Finish, Started, error_of
 from mlx_router_shared.generation import Request as CanonicalRequest
 
-__all__ = ["Answer", "AnswerStyle", "admit", "answer", "ignored_header", "load_only", "tell_ignored"]
+__all__ = ["Answer", "AnswerStyle", "admit", "answer", "ignored_header", "load_only", "ignored_headers"]
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +88,8 @@ def refuse_ignored(server: Server, ignored: tuple[str, ...]) -> None:
         raise InvalidRequest(f"this server ignores {names}, and its operator wants that refused", param=ignored[0])
 
 
-def tell_ignored(server: Server, ignored: tuple[str, ...]) -> dict[str, str]:
-    """The header that names the fields which change nothing. Raises ``InvalidRequest`` where the operator wants them
-    refused."""
+def ignored_headers(server: Server, ignored: tuple[str, ...]) -> dict[str, str]:
+    """Return the header ``X-Ignored-Fields``; raise ``InvalidRequest`` if ``strict`` is set."""
     refuse_ignored(server, ignored)
     return ignored_header(ignored)
 

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from mlx_router_server.api.answer import tell_ignored
+from mlx_router_server.api.answer import ignored_headers
 from mlx_router_server.api.body import body_parts, parse_body
 from mlx_router_server.api.disconnect import ClientLeft, unless_client_leaves
 from mlx_router_server.api.errors import error_response
@@ -131,7 +131,7 @@ def _check_may_make(request: Request, names: tuple[str, ...]) -> None:
 
 async def pull(request: Request) -> Progress:
     asked, lines, ignored = await parse_body(request, parse_pull)
-    headers = tell_ignored(server_of(request), ignored)
+    headers = ignored_headers(server_of(request), ignored)
     name = parse_name(asked)
     _check_may_make(request, _names(request, name))
     models = _models(request)
@@ -152,7 +152,7 @@ async def _begun(work: AsyncGenerator[JobEvent, None]) -> AsyncGenerator[JobEven
 
 async def create(request: Request) -> Progress:
     asked = await parse_body(request, parse_create)
-    headers = tell_ignored(server_of(request), asked.ignored)
+    headers = ignored_headers(server_of(request), asked.ignored)
     name = parse_name(asked.model)
     _check_may_make(request, name.spellings)
     catalogue = server_of(request).catalogue
@@ -196,7 +196,7 @@ async def _after(first: JobEvent, work: AsyncGenerator[JobEvent, None]) -> Async
 
 async def copy(request: Request) -> Response:
     source, destination, ignored = await parse_body(request, parse_copy)
-    headers = tell_ignored(server_of(request), ignored)
+    headers = ignored_headers(server_of(request), ignored)
     _name(source, f'source "{source}" is invalid')
     target = _name(destination, f'destination "{destination}" is invalid')
     _check_may_make(request, target.spellings)
@@ -212,7 +212,7 @@ async def copy(request: Request) -> Response:
 
 async def delete(request: Request) -> Response:
     asked, force, ignored = await parse_body(request, parse_delete)
-    headers = tell_ignored(server_of(request), ignored)
+    headers = ignored_headers(server_of(request), ignored)
     name = _name(asked, f'name "{asked}" is invalid')
     models, server = _models(request), server_of(request)
     await server.catalogue.wait_ready()
@@ -235,7 +235,7 @@ def _name(text: str, complaint: str) -> ModelName:
 
 async def push(request: Request) -> Response:
     asked, ignored = await parse_body(request, parse_push)
-    tell_ignored(server_of(request), ignored)
+    ignored_headers(server_of(request), ignored)
     parse_name(asked)
     raise UnsupportedCapability(
         "this server does not push models: `hf upload` puts a folder on the Hugging Face hub", param="model"

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from mlx_router_server.api.answer import Answer, AnswerStyle, answer, load_only, tell_ignored
+from mlx_router_server.api.answer import Answer, AnswerStyle, answer, ignored_headers, load_only
 from mlx_router_server.api.body import parse_body
 from mlx_router_server.api.count import count_tokens
 from mlx_router_server.api.disconnect import unless_client_leaves
@@ -129,7 +129,7 @@ def _running(server: Server, entry: ModelEntry, view: ModelView) -> dict[str, An
 async def show(request: Request) -> Response:
     server = server_of(request)
     name, verbose, ignored = await parse_body(request, parse_show)
-    headers = tell_ignored(server, ignored)
+    headers = ignored_headers(server, ignored)
     entry = await server.resolve(name, caller_of(request))
     files = entry.files
     body: dict[str, Any] = {
@@ -209,7 +209,7 @@ async def _generate(request: Request, kind: Literal["chat", "generate"], asked: 
 
 async def _load_or_unload(request: Request, kind: Literal["chat", "generate"], asked: GenerateCall) -> Response:
     server = server_of(request)
-    headers = tell_ignored(server, asked.ignored)
+    headers = ignored_headers(server, asked.ignored)
     plan = server.plan(await server.resolve(asked.model, caller_of(request)))
     if asked.keep_alive_seconds == 0:
         server.unload_for_client(plan.spec.name)
@@ -251,7 +251,7 @@ async def _embed(
         style = AnswerStyle(whole=lambda transcripts, moment: render(transcripts[0], moment), whole_media_type=_JSON)
         return await answer(request, asked.call, style)
     server = server_of(request)
-    headers = tell_ignored(server, asked.ignored)
+    headers = ignored_headers(server, asked.ignored)
     plan = server.plan(await server.resolve(asked.model, caller_of(request)))
     await unless_client_leaves(request.receive, load_only(server, plan, read_wishes(request, asked.keep_alive_seconds)))
     return _json(render(None, Moment(now=time.time(), total_seconds=0.0, load_seconds=0.0)), headers)

@@ -252,14 +252,13 @@ class Client:
         return NoRouter(f"no router answers at {self.url} ({error}); start one with: mlx-router start")
 
     def _check_answers(self) -> None:
-        """Raise ``NoRouter`` for a program that accepts connections and says nothing: a request that may take as long
-        as a load does would wait for it without end."""
+        """Raise ``NoRouter`` if nothing answers ``/health`` in time: a request without a limit would hang."""
         connection = self._connection()
         try:
             connection.connect()
             connection.sock.settimeout(_LOOK_SECONDS)
             connection.request("GET", "/health")
-            connection.getresponse().read()
+            connection.getresponse()  # its head will do: a body may come a byte at a time
         except (OSError, http.client.HTTPException) as error:
             raise self._no_router(error) from None
         finally:

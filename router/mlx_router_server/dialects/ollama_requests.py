@@ -153,7 +153,7 @@ GENERATE_FIELDS: Final = FieldRules(
         "context": "token ids of an earlier answer, put before the prompt",
     },
 )
-_NO_OPTION: Final = "none changes a vector, and each is named as ignored"
+_NO_OPTION: Final = "no option affects embeddings; each is reported as ignored"
 EMBED_FIELDS: Final = FieldRules(route="POST /api/embed", body=_EmbedBody, notes={"options": _NO_OPTION})
 EMBEDDINGS_FIELDS: Final = FieldRules(route="POST /api/embeddings", body=_EmbeddingsBody, notes={"options": _NO_OPTION})
 SHOW_FIELDS: Final = FieldRules(

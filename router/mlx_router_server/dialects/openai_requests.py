@@ -343,7 +343,7 @@ def read_response_format(form: dict[str, Any], param: str) -> AnswerSchema | Non
 
 
 def _thinking(chat: _ChatBody, ignored: list[str]) -> tuple[bool | None, str | None]:
-    """Whether to think, and how hard; the most particular of the fields that say so wins."""
+    """Whether to think, and how hard; the most specific field wins."""
     effort = chat.reasoning_effort or chat.reasoning.get("effort")
     if effort is not None:
         return read_effort(effort, "reasoning_effort")
@@ -361,7 +361,8 @@ def _thinking(chat: _ChatBody, ignored: list[str]) -> tuple[bool | None, str | N
 
 
 def _message(number: int, item: dict[str, Any], ignored: list[str]) -> tuple[Message, str]:
-    """A message, and where in it the first image is, if one is. Chat templates know no names of speakers."""
+    """A message, and where in it the first image is, if one is. ``name`` is reported as ignored: chat
+    templates have no field for it."""
     at = f"messages[{number}]"
     message = convert(item, _Message, f"{at}.")
     if message.role not in _ROLES:

@@ -26,7 +26,7 @@ _CAUTIOUS: Final[tuple[dict[str, Any], ...]] = (
         "calls": None, "empty_answers": False,
     },
 )  # fmt: skip
-"""What is assumed beside what the template was found to take, where that raises."""
+"""What is assumed beside what the template was found to take, where that raises or drops text."""
 _OPENING: Final = "(The assistant begins.)"
 """What a user says before a greeting, where the assistant may not begin."""
 
@@ -153,7 +153,7 @@ def _one_call_a_turn(messages: list[Message]) -> list[Message]:
 
 
 def _results_behind_calls(messages: list[Message]) -> list[Message]:
-    """Results that stand anywhere else than behind a turn with calls become turns of the user."""
+    """Turn results that do not follow a turn with calls into turns of the user."""
     out: list[Message] = []
     behind_calls = False
     for message in messages:

@@ -1,32 +1,37 @@
-"""What of a conversation is missing from its prompt."""
+"""Count the words of a conversation that are missing from its prompt."""
 
 from __future__ import annotations
 
 import json
 import re
 from contextlib import suppress
+from itertools import islice
 from typing import Any, Final
 
 from mlx_router_shared.generation import Message
 
 __all__ = ["count_lost_words"]
 
-_WORD: Final = re.compile(r"[A-Za-z0-9]{3,}")
+_WORD: Final = re.compile(r"[^\W_]{3,}")
 """Escaping for JSON or HTML leaves these as they are."""
 _THOUGHT: Final = "think>"
-"""Templates leave out on purpose what an assistant thought in an earlier turn."""
+"""Marks content with earlier reasoning, which templates drop on purpose."""
+_MOST_SEARCHED: Final = 50
+"""Words that are searched for in the prompt as parts of longer ones; more than that are not looked up."""
 
 
 def count_lost_words(prompt: str, messages: list[Message]) -> int:
-    """How many different words of the messages, and of the strings in the arguments of their calls, are missing."""
-    texts = [message.content.strip() for message in messages if _THOUGHT not in message.content]
-    texts += [text for message in messages for call in message.tool_calls for text in _strings(call.arguments)]
-    missing = [text for text in texts if text not in prompt]
-    if not missing:
-        return 0
-    shown = set(_WORD.findall(prompt))
-    words = {word for text in missing for word in _WORD.findall(text)} - shown
-    return sum(word not in prompt for word in words)
+    """How many different words of the messages, and of the strings in the arguments of their calls, are missing, up to
+    ``_MOST_SEARCHED``. Takes time in proportion to the lengths of both."""
+    words: set[str] = set()
+    for message in messages:
+        if _THOUGHT not in message.content:
+            words.update(_WORD.findall(message.content))
+        for call in message.tool_calls:
+            for text in _strings(call.arguments):
+                words.update(_WORD.findall(text))
+    words.difference_update(_WORD.findall(prompt))
+    return sum(word not in prompt for word in islice(words, _MOST_SEARCHED))
 
 
 def _strings(arguments: str) -> list[str]:

@@ -14,10 +14,10 @@ from mlx_router_shared.capabilities import chat_capabilities
 from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, UnsupportedCapability
 from mlx_router_shared.generation import GenerationRequest, Message, Role
 from mlx_router_shared.infill import infill_format
+from mlx_router_worker.template_limits import TemplateOverrun, template_limits
 from mlx_router_worker.text.conversation import conversation_forms
 from mlx_router_worker.text.losses import count_lost_words
 from mlx_router_worker.text.prompt import droppable, template_messages, template_tools, tools_as_text, without
-from mlx_router_worker.text.template_limits import TemplateOverrun, template_limits
 from mlx_router_worker.text.template_traits import CallStyle, TemplateTraits, probe_template, show_functions
 from mlx_router_worker.text.token_bytes import is_token
 
@@ -30,6 +30,9 @@ _COUNTED_TOKENS: Final = 500_000
 
 _LONGEST_TEXT: Final = 2**28
 """Characters. More than any request can hold."""
+_MOST_GROWTH: Final = 8
+"""Characters of a prompt for each character of the request, beyond ``_FREE_CHARACTERS``; JSON takes six for one."""
+_FREE_CHARACTERS: Final = 2**20
 
 
 def _too_long(tokens: int, limit: int) -> ContextLengthExceeded:
@@ -38,6 +41,17 @@ def _too_long(tokens: int, limit: int) -> ContextLengthExceeded:
         tokens=tokens,
         limit=limit,
     )
+
+
+def _characters_of(request: GenerationRequest, messages: list[Message]) -> int:
+    """The characters of all that a template is given."""
+    characters = len(request.template_arguments) + sum(
+        len(tool.name) + len(tool.description) + len(tool.parameters) for tool in request.tools
+    )
+    for message in messages:
+        characters += len(message.content) + len(message.reasoning or "")
+        characters += sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
+    return characters
 
 
 def _characters(messages: list[Message], numbers: list[int]) -> int:
@@ -58,7 +72,7 @@ class PromptRenderer:
         self._vocabulary = vocabulary
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._overrun = ""
-        """What the chat template took too much of, for the shortest of conversations."""
+        """The limit that the template exceeded while it was probed; else empty."""
 
     def context_of(self, request: GenerationRequest) -> int:
         """The limit that prompt and answer of this request stay in."""
@@ -228,10 +242,11 @@ class PromptRenderer:
             arguments[self.traits.effort or "reasoning_effort"] = request.thinking_effort
         tools = template_tools(request.tools)
         try:
-            if self.traits and self._overrun:
+            if self.traits and self._overrun:  # reading the traits probes the template
                 raise TemplateOverrun(self._overrun)
-            with template_limits():
-                text = self._render(messages, tools, arguments)
+            text = self._render(messages, tools, arguments)
+            if len(text) > _MOST_GROWTH * _characters_of(request, messages) + _FREE_CHARACTERS:
+                raise TemplateOverrun(f"produces a prompt of {len(text)} characters")
         except TemplateOverrun as overrun:
             raise InvalidRequest(f"the model's chat template {overrun}") from None
         if self._least_tokens(len(text)) >= self._most_counted:
@@ -242,7 +257,7 @@ class PromptRenderer:
         """The text of the prompt."""
         errors: list[Exception] = []
         text = None
-        if self.traits.tools or not tools:
+        if not tools or self._shows_tools(messages):
             text = self._best_form(messages, tools, arguments, errors)
         if text is None and tools:
             # The template cannot show these tools: they are described in a system turn.
@@ -252,15 +267,21 @@ class PromptRenderer:
             raise InvalidRequest(f"the model's chat template refuses these messages: {errors[0]}") from errors[0]
         return text
 
+    def _shows_tools(self, messages: list[Message]) -> bool:
+        if self.traits.tools_need_system:
+            return any(message.role is Role.SYSTEM for message in messages)
+        return bool(self.traits.tools)
+
     def _best_form(
         self, messages: list[Message], tools: list[dict[str, Any]], arguments: dict[str, Any], errors: list[Exception]
     ) -> str | None:
-        """The text of the first form of the conversation of which nothing is lost, else of that which loses least; None
-        if the template takes none. What it raises is added to ``errors``."""
+        """Return the first prompt that loses no word, else the one that loses fewest; None if the template raises for
+        every form. Append what it raises to ``errors``."""
         best, least = None, 0
         for form, style in conversation_forms(messages, self.traits):
             try:
-                text = self._apply_template(self._template_messages(form, style), tools, arguments)
+                with template_limits():
+                    text = self._apply_template(self._template_messages(form, style), tools, arguments)
             except Exception as error:  # templates raise whatever their authors chose
                 errors.append(error)
                 continue
@@ -278,7 +299,7 @@ class PromptRenderer:
         if tools:
             more[self.traits.tools] = tools
         messages, functions = show_functions(self.traits.functions, messages, tools)
-        return self._template_text(messages, **arguments, **more, **functions)
+        return self._template_text(messages, **{**arguments, **more, **functions})
 
     def _template_text(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
         """Render once. Raises what the template raises, and ``TemplateOverrun``."""
@@ -287,5 +308,5 @@ class PromptRenderer:
         except MemoryError:
             raise TemplateOverrun("needs too much memory") from None
         if len(text) > _LONGEST_TEXT:
-            raise TemplateOverrun(f"makes a text of {len(text)} characters")
+            raise TemplateOverrun(f"produces a prompt of {len(text)} characters")
         return text

@@ -68,7 +68,7 @@ class TemplateTraits:
     calls: CallStyle | None = CallStyle()
     """None: calls and results can only be shown as text."""
     results_apart: bool = True
-    """Results are shown that do not stand directly behind their calls."""
+    """Results are shown even if they do not directly follow their call."""
     text_beside_calls: bool = True
     """The text of a turn that also has calls is shown."""
     empty_answers: bool = True
@@ -77,6 +77,8 @@ class TemplateTraits:
     """The list of tools has to be there, even if it is empty."""
     tools: str = "tools"
     """The argument by which the tools are shown; empty if they can only be described in a system turn."""
+    tools_need_system: bool = False
+    """Tools are shown only where there is a system turn."""
     functions: str = ""
     """Where the template wants the tools as JSON text: ``argument`` or ``role``, both named ``functions``; empty if it
     takes them as a list."""
@@ -103,6 +105,7 @@ class _Probe:
         if not self._find_basics():
             return TemplateTraits()  # it cannot be probed: conversations are rendered as they come
         calls = self._calls()
+        tools, tools_need_system = self._tools()
         system_first = self._shows([_turn("system", _SYSTEM), _user(_USER)], _SYSTEM, _USER) and (
             calls is None or self._shows_round(calls, system=_SYSTEM, ends=True)
         )
@@ -126,7 +129,8 @@ class _Probe:
             text_beside_calls=calls is not None and self._shows_round(calls, text=_ASSISTANT),
             empty_answers=self._text(empty) is not None,
             empty_tools=self._empty_tools,
-            tools=next((name for name in _TOOL_ARGUMENTS if self._shows_tools(name)), ""),
+            tools=tools,
+            tools_need_system=tools_need_system,
             functions=self._functions,
             typed_content=self._typed,
             thinking_switch=next((name for name in _THINKING_SWITCHES if self._differs(name, True, False)), ""),
@@ -186,9 +190,14 @@ class _Probe:
             },
         }  # fmt: skip
 
-    def _shows_tools(self, name: str) -> bool:
-        shown = self._text([_user(_USER)], **{name: [_TOOL]})
-        return shown is not None and _FUNCTION in shown
+    def _tools(self) -> tuple[str, bool]:
+        """The argument by which tools are shown, and whether that needs a system turn."""
+        for before in ([], [_turn("system", _SYSTEM)]):
+            for name in _TOOL_ARGUMENTS:
+                shown = self._text([*before, _user(_USER)], **{name: [_TOOL]})
+                if shown is not None and _FUNCTION in shown:
+                    return name, bool(before)
+        return "", False
 
     def _differs(self, name: str, one: Any, other: Any) -> bool:
         first, second = (self._text([_user(_USER)], **{name: value}) for value in (one, other))
