@@ -24,7 +24,14 @@ _NEEDS_LINUX = {"string", "format", "list"}
 
 
 @pytest.mark.req("R28", "R46")
-@pytest.mark.parametrize("how", [how for how in _HOSTILE if sys.platform == "linux" or how not in _NEEDS_LINUX])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(how, marks=[pytest.mark.slow] if how == "loop" else [])
+        for how in _HOSTILE
+        if sys.platform == "linux" or how not in _NEEDS_LINUX
+    ],
+)
 def test_a_template_that_needs_too_much_is_refused_and_harms_no_other_model(
     home: Path, tmp_path: Path, how: str
 ) -> None:
