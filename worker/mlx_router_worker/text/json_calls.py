@@ -135,7 +135,9 @@ def _plain_word(word: str) -> str:
     if match is None or not (match[2] or match[3] or "0" in word):
         return _WORDS.get(word, word)
     sign, whole, fraction, exponent = match.groups()
-    return f"{sign.strip('+')}{whole or 0}{f'.{fraction or 0}' if fraction is not None else ''}{exponent or ''}"
+    number = f"{sign.strip('+')}{whole or 0}{f'.{fraction or 0}' if fraction is not None else ''}{exponent or ''}"
+    is_finite = not (exponent or fraction is not None) or math.isfinite(float(number))
+    return number if is_finite else "null"
 
 
 class ReadCall(NamedTuple):
@@ -168,6 +170,8 @@ class JsonCallReader:
         """Objects that are no calls."""
         self._raw = ""
         """As the model wrote it, since the last call was whole."""
+        self._tail: int | None = None
+        """The depth around the last call, whose own last members may still follow."""
         self._started = False
         """Text other than separators has been read since the last call."""
 
@@ -199,7 +203,10 @@ class JsonCallReader:
             depth = self._repair.depth
             added = self._repair.take(character)
             self._text += added
-            self._raw += character
+            if self._tail is None:
+                self._raw += character
+            elif self._repair.depth <= self._tail:
+                self._tail, self._text, self._started, added = None, "", False, ""
             if not self._started and added.strip(_BETWEEN_CALLS):
                 self._started = True
                 self._outer = depth
@@ -210,11 +217,13 @@ class JsonCallReader:
                 if self._name is not None:
                     self._fresh = True
                     self._text = pending = "{"
+                    self._tail = None
             else:
                 pending += added
                 if self._repair.depth == self._outer + 1 and not self._repair.in_string:
                     calls.append(self._piece(pending, done=True))
                     pending, self._name, self._text, self._raw, self._started = "", None, "", "", False
+                    self._tail = self._outer
             if depth > 0 and self._repair.depth == 0:
                 return calls, text[at + 1 :]
         if self._name is not None and pending:
