@@ -80,7 +80,7 @@ def read_chat_template(folder: Path) -> Any:
     more = {path.stem: _read_text(path) for path in additional_templates(folder)}
     if isinstance(template, str) and more:
         return {"default": template, **more} if template else more
-    return template if isinstance(template, str | list) else ""
+    return template if isinstance(template, str | list | dict) else ""
 
 
 def processor_template(folder: Path) -> str:

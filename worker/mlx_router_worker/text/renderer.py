@@ -309,4 +309,8 @@ class PromptRenderer:
             raise TemplateOverrun("needs too much memory") from None
         if len(text) > _LONGEST_TEXT:
             raise TemplateOverrun(f"produces a prompt of {len(text)} characters")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which no tokenizer takes
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return text
