@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
+from urllib.parse import quote, unquote
 
 __all__ = ["MOST_SCHEMA_BYTES", "Enforceable", "enforceable_schema"]
 
@@ -23,6 +24,10 @@ _NARROWING_VALUES: Final = frozenset(
      "format", "minItems", "maxItems", "minProperties", "maxProperties", "contentEncoding", "contentMediaType"}
 )  # fmt: skip
 """Keywords that llguidance has, and does not have for every value: bounds of 64 bits, lengths that are null."""
+_MAY_BE_NULL: Final = ("const", "default", "examples")
+"""Keywords that say something by null; libraries write it for others that they have no value for."""
+_LARGEST_EXACT: Final = 2**53
+_PLAIN_IN_REFERENCES: Final = "#/~:@!$&'()*+,;=?.-_"
 _MAPS: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _SCHEMAS: Final = ("items", "additionalItems", "additionalProperties", "contains", "not", "if", "then", "else",
                    "unevaluatedItems", "unevaluatedProperties")  # fmt: skip
@@ -78,8 +83,11 @@ class _Cleaner:
         bare = self._bare and bool(_problem(_shallow(node)))
         for key, value in node.items():
             path = f"{at}.{key}" if at else key
-            if key in _NARROWING and value in (False, None):
+            if (value is None and key not in _MAY_BE_NULL) or (key in _NARROWING and value is False):
                 continue  # it says nothing
+            if key == "$ref" and isinstance(value, str):
+                out[key] = quote(unquote(value), safe=_PLAIN_IN_REFERENCES)
+                continue
             if _is_unenforceable(key, value) or (bare and key in _NARROWING_VALUES and not isinstance(value, dict)):
                 self.dropped.append(path)
             elif key in _MAPS and isinstance(value, dict):
@@ -105,11 +113,20 @@ def _shallow(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_unenforceable(key: str, value: Any) -> bool:
-    if key in _NARROWING:
+    if key in _NARROWING or ((key in _NARROWING_VALUES or key in ("const", "enum")) and _has_inexact(value)):
         return True
     if key == "format":  # a format is an annotation, by the standard
         return isinstance(value, str) and not _is_known_format(value)
     return key == "pattern" and isinstance(value, str) and not _is_usable_pattern(value)
+
+
+def _has_inexact(value: Any) -> bool:
+    """Whether a whole number in a value is beyond those that llguidance holds exactly."""
+    if isinstance(value, list):
+        return any(_has_inexact(item) for item in value)
+    if isinstance(value, dict):
+        return any(_has_inexact(item) for item in value.values())
+    return isinstance(value, int) and abs(value) > _LARGEST_EXACT
 
 
 def _problem(schema: Any) -> str:

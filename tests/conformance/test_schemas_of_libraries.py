@@ -28,6 +28,11 @@ _DROPPED: list[tuple[dict[str, Any], list[str]]] = [
     ({"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "number"}},
      ["propertyNames"]),
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, ["oneOf"]),
+    ({"const": 2**53 + 1}, ["const"]),
+    ({"enum": [2**63, -5]}, ["enum"]),
+    ({"type": "integer", "minimum": 10**30}, ["minimum"]),
+    ({"type": "integer", "minimum": 3, "maximum": 2**53}, []),
+    ({"type": "string", "minLength": None, "pattern": None, "enum": None}, []),
     ({"type": "object", "properties": {"format": {"type": "string"}, "pattern": {"type": "string"}}}, []),
     ({"const": {"format": "path"}}, []),
     ({"enum": ["(?!a)"], "default": {"format": "x"}}, []),
@@ -72,6 +77,59 @@ def test_the_other_apis_name_it_too(fleet: RouterProcess, path: str) -> None:
     reply = _ask(fleet, path, _wrapped({"type": "string", "format": "path"}))
     assert reply.status == 200, reply.body
     assert reply.headers["x-ignored-fields"].endswith("properties.v.format")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A"}}, "$ref": "#/$defs/A"},
+        _wrapped({"$ref": "#/properties/v"}),
+        {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(800)}},
+    ],
+    ids=lambda value: str(value)[:40],
+)
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_what_only_fails_when_it_is_followed_is_refused_before_a_token(
+    fleet: RouterProcess, path: str, schema: dict[str, Any]
+) -> None:
+    reply = _ask(fleet, path, schema)
+    assert (reply.status, b"cannot be enforced" in reply.body, b"state" in reply.body) == (400, True, False), reply.body
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_parameters_that_cannot_be_followed_are_refused_of_strict_tools_only(
+    fleet: RouterProcess, strict: bool
+) -> None:
+    parameters = {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"]}
+    tool = {"type": "function", "function": {"name": "f", "strict": strict, "parameters": parameters}}
+    reply = call(fleet, "POST", "/v1/chat/completions", {
+        "model": "random", "messages": [{"role": "user", "content": "go"}], "tools": [tool], "max_tokens": 60,
+        "tool_choice": "required", "temperature": 0,
+    })  # fmt: skip
+    assert reply.status == (400 if strict else 200), reply.body
+
+
+@pytest.mark.parametrize(("kinds", "status"), [("object", 200), (["object"], 200), (["object", "null"], 200),
+                                                ("array", 400), (["string"], 400)])  # fmt: skip
+def test_a_strict_tool_holds_its_schema_or_is_refused(fleet: RouterProcess, kinds: Any, status: int) -> None:
+    parameters = {**_wrapped({"const": 7}), "type": kinds}
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}
+    reply = call(fleet, "POST", "/v1/chat/completions", {
+        "model": "random", "messages": [{"role": "user", "content": "go"}], "tools": [tool], "max_tokens": 60,
+        "tool_choice": "required", "temperature": 0,
+    })  # fmt: skip
+    assert reply.status == status, reply.body
+    if status == 200:
+        (made,) = reply.json()["choices"][0]["message"]["tool_calls"]
+        assert json.loads(made["function"]["arguments"]) == {"v": 7}
+
+
+def test_names_of_definitions_may_have_brackets(fleet: RouterProcess) -> None:
+    schema = {"$defs": {"Box[int]": _wrapped({"const": 3})}, "$ref": "#/$defs/Box[int]"}
+    reply = _ask(fleet, "/api/chat", schema)
+    assert reply.status == 200, reply.body
+    assert json.loads(reply.json()["message"]["content"]) == {"v": 3}
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
-from mlx_router_shared.generation import GenerationRequest
+from mlx_router_shared.generation import GenerationRequest, Tool
 from mlx_router_worker.mlx_sampling import GuideProcessor
 from mlx_router_worker.text.grammar import Grammars
 from mlx_router_worker.text.guide import Guide, Markers
@@ -15,6 +17,7 @@ from mlx_router_worker.text.schemas import answer_grammar, call_grammar
 
 __all__ = ["Guides"]
 
+_LONGEST_PROBLEM: Final = 200
 _JSON_CALLS: Final = "mlx_lm.tool_parsers.json_tools"
 _JSON_ARGUMENTS: Final = "mlx_lm.tool_parsers.mistral"
 
@@ -52,7 +55,7 @@ class Guides:
         text = None
         strict_calls = call_grammar(request.tools) if strict and may_call else None
         if request.forced_tools:
-            text = self.follow(call_grammar([tool for tool in request.tools if tool.name in request.forced_tools]))
+            text = self._follow_calls([tool for tool in request.tools if tool.name in request.forced_tools])
         elif request.schema is not None:
             text = self.follow(answer_grammar(request.schema))
         lead: list[int] = []
@@ -95,11 +98,22 @@ class Guides:
             )
         return str(backend.to_str())
 
+    def _follow_calls(self, tools: list[Tool]) -> Any:
+        """Follow the call of one of these tools; parameters that cannot be enforced are refused of strict ones only."""
+        try:
+            return self.follow(call_grammar(tools))
+        except InvalidRequest:
+            if all(tool.strict for tool in tools):
+                raise
+            return self.follow(
+                call_grammar([tool if tool.strict else replace(tool, parameters="{}") for tool in tools])
+            )
+
     def follow(self, grammar: str) -> Any:
         """Return a follower of a grammar from its beginning. Raises as ``guide`` does."""
         if self._grammars is None:
             self._grammars = Grammars(self._tokenizer_json(), sorted(self._tokenizer.eos_token_ids))
         follower = self._grammars.follow(grammar)
-        if follower.broken:
-            raise InvalidRequest(f"the schema cannot be enforced: {follower.broken}")
+        if problem := follower.broken or follower.fails_early():
+            raise InvalidRequest(f"the schema cannot be enforced: {problem.splitlines()[0][:_LONGEST_PROBLEM]}")
         return follower

@@ -124,7 +124,7 @@ class GuideProcessor:
             self._began = True  # what came before is the prompt
             mask = as_mask(self.guide.allowed(partial(_favourite, logits)), logits.shape[-1])
             if self.guide.broken:
-                raise RuntimeError(self.guide.broken)
+                raise RuntimeError(self.guide.broken.splitlines()[0][:200])
             if mask is None:
                 return logits
             if not mask.any():

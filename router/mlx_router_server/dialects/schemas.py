@@ -43,6 +43,9 @@ class StrictTools:
 
     def check(self, parameters: dict[str, Any], param: str) -> tuple[str, ...]:
         """Return the constraints that are not enforced. Raises ``InvalidRequest``."""
+        kinds = parameters.get("type") or "object"
+        if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
+            raise InvalidRequest("the parameters of a tool must be of type object", param=f"{param}.type")
         self._bytes += len(msgspec.json.encode(parameters))
         if self._bytes > MOST_SCHEMA_BYTES:
             raise InvalidRequest(

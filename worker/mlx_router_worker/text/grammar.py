@@ -35,6 +35,8 @@ _MOST_MASKS: Final = 800
 """Of one search for the end of a value. A mask takes about 0.1 ms for a vocabulary of 150,000 tokens."""
 
 _LONGEST_WAY_OUT: Final = 4096
+_EARLY_STEPS: Final = 24
+_OPENERS: Final = ("{", "[", '"', "1")
 
 Mask = NDArray[np.bool_]
 
@@ -47,6 +49,7 @@ class Grammars:
         self.size: int = self.tokenizer.vocab_size
         self.end_tokens = end_tokens
         self.closers = self._single_tokens(*_CLOSERS)
+        self.openers = self._single_tokens(*_OPENERS)
         texts = {token: self.tokenizer.decode_bytes([token]) for token in range(self.size)}
         self.number_tokens = np.array([texts[token][:1] != b"" and texts[token][0] in _NUMBER_BYTES
                                        for token in range(self.size)], dtype=np.bool_)  # fmt: skip
@@ -124,9 +127,25 @@ class Follower:
         bits = np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")
         return bits[: self._grammars.size].astype(np.bool_)
 
-    def way_out(self) -> list[int] | None:
-        """Few tokens that bring the text to its end from here, the end token left out; None if none were found."""
-        return _WayOut(self._grammars).search(self)
+    def way_out(self, most: int = _LONGEST_WAY_OUT) -> list[int] | None:
+        """Few tokens that bring the text to its end from here, the end token left out; None if none were found, or more
+        than ``most`` are needed."""
+        return _WayOut(self._grammars).search(self, min(most, _LONGEST_WAY_OUT))
+
+    def fails_early(self) -> str:
+        """Why the grammar cannot be followed for a few steps, which compiling it does not tell; empty if it can."""
+        ahead = self.copy()
+        for _ in range(_EARLY_STEPS):
+            mask = ahead.mask()
+            if ahead.broken or ahead.complete:
+                break
+            allowed = [token for token in self._grammars.openers if mask[token]] or np.flatnonzero(mask).tolist()
+            tokens = ahead.forced() or allowed[:1]
+            for token in tokens:
+                ahead.take(token)
+            if not tokens:
+                break
+        return ahead.broken
 
     def end_of_value(self) -> list[int] | None:
         """Few tokens after which the value that is being written may end; None if none were found."""
@@ -168,7 +187,7 @@ class _WayOut:
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars
 
-    def search(self, start: Follower) -> list[int] | None:
+    def search(self, start: Follower, most: int) -> list[int] | None:
         """From ``start`` to the end, value by value."""
         at = start.copy()
         path: list[int] = []
@@ -181,7 +200,7 @@ class _WayOut:
             for token in tokens:
                 at.take(token)
             path += tokens
-            if len(path) > _LONGEST_WAY_OUT:
+            if len(path) > most:
                 return None
         return None if at.broken else path
 

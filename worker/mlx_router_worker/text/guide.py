@@ -228,7 +228,7 @@ class Guide:
     def _reserved(self, text: Follower) -> int:
         if self._reserve is None:
             # Where no way out is known, thinking leaves the least: nothing is gained by ending it early.
-            needed = len(text.way_out() or ()) + len(self._lead)
+            needed = len(text.way_out(self._left) or ()) + len(self._lead)
             spare = min(max(needed, _LEAST_ANSWER), self._budget // _SPARE_PART)
             self._reserve = len(self._markers.think_end) + needed + spare
         return self._reserve
@@ -282,7 +282,7 @@ class Guide:
         if self._way is None:
             return mask
         if not self._way:
-            self._way = follower.way_out()
+            self._way = follower.way_out(self._left)
             if not self._way:
                 self._way = None
                 return mask
@@ -307,7 +307,7 @@ class Guide:
         elif len(self._way) > _MOST_TRIED:
             way = self._back_to_way(scout)
         else:
-            way = scout.way_out()
+            way = scout.way_out(self._left)
         return way if way is not None and len(way) + self._tail < self._left else None
 
     def _back_to_way(self, scout: Follower) -> list[int] | None:
@@ -337,7 +337,7 @@ class Guide:
         elif follower.number_length > _LONGEST_NUMBER:
             self._leave_value = True
         elif self._left <= self._next_check_at:
-            way = follower.way_out()
+            way = follower.way_out(self._left)
             if way is None or len(way) + self._tail > self._left:
                 self._next_check_at = self._left // 2  # no way, or no time for it: the model goes on
                 return

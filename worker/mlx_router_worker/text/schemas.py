@@ -50,11 +50,12 @@ def _call_schema(tool: Tool, at: str, *, lenient: bool) -> dict[str, Any]:
     if problem and not tool.strict and not (lenient and _compiles(known)):
         known = {}  # what is not strict must not make the call of another tool fail
     parameters = _rebased(known, f"#{at}/properties/arguments")
-    if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
+    kinds = parameters.get("type", "object") if isinstance(parameters, dict) else ""
+    if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
         parameters = {}
     return {
         "type": "object",
-        "properties": {"name": {"const": tool.name}, "arguments": {"type": "object", **parameters}},
+        "properties": {"name": {"const": tool.name}, "arguments": {**parameters, "type": "object"}},
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
