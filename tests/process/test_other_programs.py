@@ -5,20 +5,23 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from mlx_router_server.access.keys import local_key, renew_local_key
-from mlx_router_server.cli.client import Client, NoRouter
+from mlx_router_server.cli.client import Client, NoRouter, OtherProgram
 from tests.support.command import command, command_on
 from tests.support.http import call
 from tests.support.program import serving
@@ -244,3 +247,71 @@ def test_a_program_that_accepts_and_says_nothing_holds_no_command(home: Path, mo
         ):
             with pytest.raises(NoRouter, match="no router answers"):
                 ask()
+
+
+@contextmanager
+def _endless(head: bytes, piece: bytes, pause: float) -> Iterator[int]:
+    """A program whose answers have no end; yields its port."""
+    done = threading.Event()
+
+    def talk(peer: socket.socket) -> None:
+        with suppress(OSError), peer:
+            peer.recv(4096)
+            peer.sendall(head)
+            while not done.wait(pause):
+                peer.sendall(piece)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=talk, args=(server.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            yield server.getsockname()[1]
+        finally:
+            done.set()
+            server.shutdown(socket.SHUT_RDWR)
+
+
+_OK = b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "piece", "pause"),
+    [(b"", b"H", 0.02), (b"HTTP/1.1 200 OK\r\n", b"a", 0.02), (_OK, b"x", 0.02), (_OK, b"x" * 2**20, 0.0)],
+    ids=["status", "headers", "slow body", "large body"],
+)
+def test_an_answer_without_an_end_holds_no_command(
+    monkeypatch: pytest.MonkeyPatch, head: bytes, piece: bytes, pause: float
+) -> None:
+    monkeypatch.setattr("mlx_router_server.cli.client._LOOK_SECONDS", 0.5)
+    monkeypatch.setattr("mlx_router_server.cli.client._CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("mlx_router_server.cli.client._LARGEST_ANSWER", 2**22)
+    with _endless(head, piece, pause) as port:
+        client = Client(f"http://127.0.0.1:{port}", local_key="x" * 40)
+        with pytest.raises((NoRouter, OtherProgram)):
+            client.get("/api/tags")
+        with pytest.raises((NoRouter, OtherProgram)):
+            client.post("/admin/shutdown", answer_seconds=0.5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_doctor_ended_by_a_signal_leaves_nothing(home: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """A closed terminal sends HUP; the trial's router would go on without anybody."""
+    environment = {**os.environ, "MLX_ROUTER_HOME": str(home), "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-P", "-m", "mlx_router_server", "doctor"], env=environment,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    wait_until(lambda: _trial_router(process.pid) is not None, "the trial has begun")
+    trial = _trial_router(process.pid)
+    assert trial is not None
+    process.send_signal(number)
+    assert process.wait(DEADLINE) == 128 + number
+    wait_until(lambda: not trial.is_running(), "the trial's router is gone")
+    assert not list(tmp_path.glob("mlxr-doctor-*"))
+
+
+def _trial_router(pid: int) -> psutil.Process | None:
+    children = psutil.Process(pid).children()
+    return next((child for child in children if "mlx_router_server" in child.cmdline()), None)

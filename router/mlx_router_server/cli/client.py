@@ -7,8 +7,11 @@ import http.client
 import json
 import os
 import secrets
+import socket
 import ssl
+import threading
 from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, urlsplit
@@ -22,7 +25,34 @@ __all__ = ["ApiError", "Client", "NoRouter", "OtherProgram", "connect", "in_path
 
 _CONNECT_SECONDS = 5.0
 _LOOK_SECONDS = 30.0
-"""The longest silence of an answer that needs no model."""
+"""The longest time that an answer which needs no model may take."""
+_LARGEST_ANSWER = 256 * 2**20
+
+
+class _Deadline:
+    """Cuts the connection that it is given when the block has taken too long; never with None."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._timer: threading.Timer | None = None
+
+    def watch(self, connection: socket.socket) -> None:
+        if self._seconds is not None:
+            self._timer = threading.Timer(self._seconds, self._cut, [connection])
+            self._timer.daemon = True
+            self._timer.start()
+
+    @staticmethod
+    def _cut(connection: socket.socket) -> None:
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> _Deadline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 def connect(
@@ -186,22 +216,27 @@ class Client:
 
     def text(self, path: str) -> tuple[str, str]:
         """The body of whoever answers there, and its Server header."""
-        connection, response = self._send("GET", path, None)
-        try:
-            return response.read(1000).decode("utf-8", "replace"), response.headers.get("server", "")
-        except (OSError, http.client.HTTPException):
-            return "", ""
-        finally:
-            connection.close()
+        with _Deadline(self._answer_seconds or _LOOK_SECONDS) as deadline:
+            connection, response = self._send("GET", path, None, deadline=deadline)
+            try:
+                return response.read(1000).decode("utf-8", "replace"), response.headers.get("server", "")
+            except (OSError, http.client.HTTPException):
+                return "", ""
+            finally:
+                connection.close()
 
     def _read(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> bytes:
         """Return the body. Raises ``NoRouter`` when it breaks off, ``OtherProgram`` when no router has sent it."""
         try:
-            data = response.read()
+            data = response.read(_LARGEST_ANSWER + 1)
+            if response.length and len(data) <= _LARGEST_ANSWER:
+                raise http.client.IncompleteRead(data, response.length)
         except (OSError, http.client.HTTPException) as error:
             raise NoRouter(f"the connection to {self.url} broke off: {error}") from None
         finally:
             connection.close()
+        if len(data) > _LARGEST_ANSWER:
+            raise OtherProgram(self._who_answers())
         self._check_sender(response)
         return data
 
@@ -211,8 +246,9 @@ class Client:
             raise OtherProgram(self._who_answers())
 
     def _whole(self, method: str, path: str, body: Any, answer_seconds: float | None = None) -> Any:
-        connection, response = self._send(method, path, body, answer_seconds=answer_seconds)
-        data = self._read(connection, response)
+        with _Deadline(answer_seconds) as deadline:
+            connection, response = self._send(method, path, body, answer_seconds=answer_seconds, deadline=deadline)
+            data = self._read(connection, response)
         if response.status not in (200, 202):
             raise self._api_error(response, data)
         try:
@@ -221,7 +257,14 @@ class Client:
             raise OtherProgram(self._who_answers()) from None
 
     def _send(
-        self, method: str, path: str, body: Any, size: int | None = None, *, answer_seconds: float | None = None
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        size: int | None = None,
+        *,
+        answer_seconds: float | None = None,
+        deadline: _Deadline | None = None,
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """``size`` is that of a body which is a stream of bytes; any other is sent as JSON."""
         if self._unproved_key:
@@ -242,6 +285,8 @@ class Client:
         try:
             connection.connect()
             connection.sock.settimeout(seconds)
+            if deadline is not None:
+                deadline.watch(connection.sock)
             connection.request(method, path, data, headers)
             return connection, connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
@@ -257,8 +302,10 @@ class Client:
         try:
             connection.connect()
             connection.sock.settimeout(_LOOK_SECONDS)
-            connection.request("GET", "/health")
-            connection.getresponse()  # its head will do: a body may come a byte at a time
+            with _Deadline(_LOOK_SECONDS) as deadline:
+                deadline.watch(connection.sock)
+                connection.request("GET", "/health")
+                connection.getresponse()  # its head will do: a body may have no end
         except (OSError, http.client.HTTPException) as error:
             raise self._no_router(error) from None
         finally:
@@ -279,10 +326,10 @@ class Client:
         try:
             connection.connect()
             address = connection.sock.getpeername()[0]
-            connection.request("GET", "/health", headers={"x-mlx-router-challenge": challenge})
-            response = connection.getresponse()
-            response.read()
-            proof = response.headers.get("x-mlx-router-proof") or ""
+            with _Deadline(_LOOK_SECONDS) as deadline:
+                deadline.watch(connection.sock)
+                connection.request("GET", "/health", headers={"x-mlx-router-challenge": challenge})
+                proof = connection.getresponse().headers.get("x-mlx-router-proof") or ""
         except (OSError, http.client.HTTPException):
             return False
         finally:

@@ -21,8 +21,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Final
+from types import FrameType
+from typing import Final, NoReturn
 from urllib.parse import urlsplit
 
 import psutil
@@ -261,7 +263,7 @@ def _leftovers(settings: Settings) -> Iterator[Finding]:
 def _trial(settings: Settings) -> Iterator[Finding]:
     """A router on a free port with a home of its own loads the demo model and is asked."""
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="mlxr-doctor-") as folder:
+    with _unwound_by_signals(), tempfile.TemporaryDirectory(prefix="mlxr-doctor-") as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS)}
         environment |= {"MLX_ROUTER_HOME": folder, "HF_HOME": folder}
         process = subprocess.Popen(
@@ -281,10 +283,10 @@ def _trial(settings: Settings) -> Iterator[Finding]:
             took = time.monotonic() - began
             if not answer.get("response"):
                 raise NoRouter("the demo model answered nothing")
-            yield Finding(level=_OK, about="trial", text=f"the demo model was loaded and answered in {took:.1f} s")
+            finding = Finding(level=_OK, about="trial", text=f"the demo model was loaded and answered in {took:.1f} s")
         except (NoRouter, ApiError) as error:
-            yield Finding(level=_PROBLEM, about="trial", text=f"the demo model did not answer: {error}",
-                          mend="Its log says more: mlx-router start --port 0 --log-level debug")  # fmt: skip
+            finding = Finding(level=_PROBLEM, about="trial", text=f"the demo model did not answer: {error}",
+                              mend="Its log says more: mlx-router start --port 0 --log-level debug")  # fmt: skip
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -295,6 +297,22 @@ def _trial(settings: Settings) -> Iterator[Finding]:
             watchdog.cancel()
             assert process.stderr is not None
             process.stderr.close()
+    yield finding
+
+
+@contextmanager
+def _unwound_by_signals() -> Iterator[None]:
+    """Have a termination or a closed terminal end the block as ctrl-C does, so that what it has started is ended."""
+
+    def leave(number: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _kill_later(process: subprocess.Popen[str]) -> threading.Timer:
