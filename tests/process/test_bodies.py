@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.support.http import call
@@ -200,6 +201,32 @@ def test_what_would_be_ignored_against_its_meaning_is_refused(
 ) -> None:
     reply = call(demo_router, "POST", path, body)
     assert (reply.status, field in reply.body.decode()) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/completions", {"model": "demo", "prompt": ["y"] * 3_000_000}, 400),
+        ("/api/chat", {**_inside(), **{f"f{n}": 0 for n in range(500_000)}}, 413),
+        ("/api/chat", {**_inside(), "options": {f"f{n}": 0 for n in range(500_000)}}, 413),
+        ("/api/chat", {"model": "demo", "messages": [{"role": "tool", "content": json.dumps(
+            {f"f{n}": 0 for n in range(500_000)})}]}, 400),
+    ],
+    ids=["prompts", "fields", "options", "text that is JSON"],
+)  # fmt: skip
+def test_what_cannot_be_served_is_refused_before_it_costs_anything(
+    demo_router: RouterProcess, path: str, body: dict[str, Any], status: int
+) -> None:
+    before = psutil.Process(demo_router.pid).memory_info().rss
+    assert call(demo_router, "POST", path, body).status == status
+    assert psutil.Process(demo_router.pid).memory_info().rss < before + 600 * 2**20
+
+
+@pytest.mark.parametrize("path", ["/admin/events", "/admin/logs/stream"])
+def test_head_of_an_endless_answer_ends(demo_router: RouterProcess, path: str) -> None:
+    reply = call(demo_router, "HEAD", path)
+    assert (reply.status, reply.body) == (200, b"")
+    assert reply.headers["content-type"].startswith("text/event-stream")
 
 
 def test_routes_that_manage_models_name_what_they_ignore(home: Path) -> None:

@@ -18,7 +18,8 @@ __all__ = ["BodyTooLarge", "BodyTooSlow", "UnsupportedEncoding", "body_parts", "
 _SMALL_BYTES: Final = 16 * 2**10
 """A body up to this size is parsed on the event loop: that takes less than handing it to a thread."""
 _MOST_CONTAINERS: Final = 400_000
-"""Objects and arrays in a body. The decoder holds the interpreter's lock for about 0.5 ms per 1,000 of them."""
+"""Objects and arrays in a body, and members of objects. The decoder holds the interpreter's lock for about 0.5 ms per
+1,000 of them."""
 _MOST_MEMBERS: Final = 64
 """Of a gzip body: each costs a copy of what follows it."""
 _WINDOW_BITS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 15}
@@ -49,6 +50,8 @@ async def parse_body(request: Request, parse: Callable[[bytes], Parsed]) -> Pars
 def _parse_large(body: bytes, parse: Callable[[bytes], Parsed]) -> Parsed:
     if body.count(b"{") + body.count(b"[") > _MOST_CONTAINERS:
         raise BodyTooLarge(f"the body holds more than {_MOST_CONTAINERS} objects and arrays")
+    if body.count(b'":') - body.count(b'\\":') > _MOST_CONTAINERS:  # JSON in a string has escaped quotes
+        raise BodyTooLarge(f"the body holds more than {_MOST_CONTAINERS} members of objects")
     return parse(body)
 
 

@@ -49,6 +49,10 @@ class RingStream(Response):
         self._heartbeat = Heartbeat()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            await send({"type": "http.response.body", "body": b""})
+            return
         try:
             await unless_client_leaves(receive, self._follow(send))
         except ClientLeft:

@@ -400,6 +400,8 @@ def _prompts(prompt: str | list[Any]) -> list[tuple[str | None, list[int]]]:
     if isinstance(prompt, str):
         return [_prompt(prompt)]
     if prompt and all(isinstance(part, str | list) for part in prompt):
+        if len(prompt) > _MOST_CHOICES:
+            raise InvalidRequest(f"there are more than {_MOST_CHOICES} prompts", param="prompt")
         if len({type(part) for part in prompt}) > 1:
             raise InvalidRequest("prompts of text and of token ids cannot be mixed", param="prompt")
         return [_prompt(part) for part in prompt]
