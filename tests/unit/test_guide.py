@@ -103,6 +103,23 @@ def test_thinking_is_free_and_ends_when_the_answer_needs_the_room(grammars: Gram
     assert not _permits(guide.allowed(), _IDS["<think>"]), "once"
 
 
+def test_a_line_break_behind_thinking_is_left_to_the_model(grammars: Grammars) -> None:
+    """Models write one before their answer and before a call; a mask that forbids it takes them off their way."""
+    (line_break,) = grammars.tokenizer.tokenize_str("\n")
+    markers = Markers(think_start=_MARKERS.think_start, think_end=_MARKERS.think_end, call_start=_MARKERS.call_start,
+                      call_end=_MARKERS.call_end, space=[line_break])  # fmt: skip
+    guide = Guide(markers=markers, end_tokens=_END, budget=200, text=grammars.follow(answer_grammar(_SCHEMA)),
+                  call=lambda: None, is_thinking=True)  # fmt: skip
+    _write(guide, grammars, "a thought</think>")
+    assert _permits(guide.allowed(), line_break)
+    assert _permits(guide.allowed(), grammars.tokenizer.tokenize_str("{")[0])
+    _write(guide, grammars, "\n")
+    assert not _permits(guide.allowed(), line_break), "once"
+    _write(guide, grammars, '<tool_call>{"name": 1</tool_call>')
+    _write(guide, grammars, '{"name": "x", "n": 1}')
+    assert guide.complete
+
+
 def test_a_budget_for_thinking_is_kept(grammars: Grammars) -> None:
     guide = Guide(markers=_MARKERS, end_tokens=_END, budget=1000, is_thinking=True, max_thinking_tokens=3)
     for token in (300, 301, 302):

@@ -82,6 +82,7 @@ class Guides:
             think_end=tokenizer.think_end_tokens or (),
             call_start=tokenizer.tool_call_start_tokens or (),
             call_end=tokenizer.tool_call_end_tokens or (),
+            space=[tokens[0] for text in ("\n", "\n\n") if len(tokens := self._encode(text)) == 1],
         )
 
     def _encode(self, text: str) -> list[int]:

@@ -57,6 +57,8 @@ class Markers:
     think_end: Sequence[int] = ()
     call_start: Sequence[int] = ()
     call_end: Sequence[int] = ()
+    space: Sequence[int] = ()
+    """Single tokens of line breaks, which models write behind a think block."""
 
 
 class _Phase(Enum):
@@ -103,6 +105,8 @@ class Guide:
         self._way: list[int] | None = None
         """The tokens that remain of the way out, once there is room for little more."""
         self._leave_value = False
+        self._may_break = False
+        """A line break may come: the model has just thought."""
         self._called = False
         self._reserve: int | None = None
         """Tokens that thinking has to leave for the answer."""
@@ -173,6 +177,8 @@ class Guide:
     def _at_start(self) -> Allowed:
         """The beginning of an answer: of its text, or of a block, if the model likes."""
         opening = [self._markers.think_start[0]] if self._may_think and self._markers.think_start else []
+        if self._may_break:
+            opening += self._markers.space
         if self._lead:
             return [*opening, self._lead[0]]
         if self._text is None:
@@ -189,6 +195,9 @@ class Guide:
 
     def _take_first(self, token: int) -> None:
         markers = self._markers
+        breaks, self._may_break = self._may_break, False
+        if breaks and token in markers.space:
+            return
         if self._called and token in self._end_tokens:
             self._phase = _Phase.END
         elif self._may_think and markers.think_start and token == markers.think_start[0]:
@@ -211,6 +220,7 @@ class Guide:
             self._begin_call(markers.call_start[1:])
         elif list(self._recent)[-len(end) :] == list(end):
             self._may_think = False
+            self._may_break = True
             self._phase = _Phase.START
         elif self._thinks_too_long():
             self._end_thinking()
