@@ -253,6 +253,7 @@ def test_a_program_that_accepts_and_says_nothing_holds_no_command(home: Path, mo
 def _endless(head: bytes, piece: bytes, pause: float) -> Iterator[int]:
     """A program whose answers have no end; yields its port."""
     done = threading.Event()
+    threads: list[threading.Thread] = []
 
     def talk(peer: socket.socket) -> None:
         with suppress(OSError), peer:
@@ -264,15 +265,19 @@ def _endless(head: bytes, piece: bytes, pause: float) -> Iterator[int]:
     def accept() -> None:
         with suppress(OSError):
             while True:
-                threading.Thread(target=talk, args=(server.accept()[0],), daemon=True).start()
+                threads.append(threading.Thread(target=talk, args=(server.accept()[0],)))
+                threads[-1].start()
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        threading.Thread(target=accept, daemon=True).start()
+        accepting = threading.Thread(target=accept)
+        accepting.start()
         try:
             yield server.getsockname()[1]
         finally:
             done.set()
             server.shutdown(socket.SHUT_RDWR)
+            for thread in (accepting, *threads):
+                thread.join(DEADLINE)
 
 
 _OK = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -303,15 +308,22 @@ def test_doctor_ended_by_a_signal_leaves_nothing(home: Path, tmp_path: Path, num
     environment = {**os.environ, "MLX_ROUTER_HOME": str(home), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-P", "-m", "mlx_router_server", "doctor"], env=environment,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    wait_until(lambda: _trial_router(process.pid) is not None, "the trial has begun")
-    trial = _trial_router(process.pid)
-    assert trial is not None
-    process.send_signal(number)
-    assert process.wait(DEADLINE) == 128 + number
+    try:
+        wait_until(lambda: _trial_router(process.pid) is not None, "the trial has begun")
+        trial = _trial_router(process.pid)
+        assert trial is not None
+        process.send_signal(number)
+        assert process.wait(DEADLINE) == 128 + number
+    finally:
+        process.kill()
+        process.wait()
     wait_until(lambda: not trial.is_running(), "the trial's router is gone")
     assert not list(tmp_path.glob("mlxr-doctor-*"))
 
 
 def _trial_router(pid: int) -> psutil.Process | None:
-    children = psutil.Process(pid).children()
-    return next((child for child in children if "mlx_router_server" in child.cmdline()), None)
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.Error):
+            if "mlx_router_server" in child.cmdline():
+                return child
+    return None
