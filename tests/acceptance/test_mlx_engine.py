@@ -272,6 +272,7 @@ def test_a_request_whose_stream_cannot_be_built_leaves_nothing_behind(
     assert _text(out["next"]) == GREETING
 
 
+@pytest.mark.slow
 def test_a_long_answer_leaves_no_growing_graph_in_a_cache_that_no_token_depends_on(tmp_path: Path) -> None:
     """SmolLM3 has layers without positions: nothing reads the offset that their caches count up at each step."""
     model = make_random_model(tmp_path / "model", size_bytes=1_000_000, architecture="smollm3")

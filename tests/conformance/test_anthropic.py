@@ -151,6 +151,7 @@ def test_a_stop_sequence_is_named(fleet: RouterProcess) -> None:
     assert _text(answer) == GREETING[: GREETING.index("model of")]
 
 
+@pytest.mark.slow
 @pytest.mark.covers("O112", "O113", "O124", "T168")
 def test_tools_called_forced_limited_and_deferred(fleet: RouterProcess) -> None:
     ask = _user("What is the weather in Paris?")
@@ -230,6 +231,7 @@ def test_thinking(fleet: RouterProcess) -> None:
     assert short["content"][-1]["type"] == "text"
 
 
+@pytest.mark.slow
 @pytest.mark.covers("O117")
 def test_formats_and_effort(fleet: RouterProcess, client: Any) -> None:
     for seed in range(5):

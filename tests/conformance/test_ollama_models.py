@@ -263,6 +263,7 @@ def test_a_tool_is_called_whole_and_its_result_used(fleet: RouterProcess, client
     assert not any(part.message.tool_calls for part in plain)
 
 
+@pytest.mark.slow
 @pytest.mark.covers("T109", "T110", "T112")
 @pytest.mark.parametrize("stream", [False, True])
 def test_formats_hold_streamed_or_not(fleet: RouterProcess, stream: bool) -> None:

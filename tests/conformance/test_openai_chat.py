@@ -162,6 +162,7 @@ def test_a_forced_tool_is_called_by_any_model_streamed_or_not(fleet: RouterProce
     assert isinstance(json.loads(arguments)["city"], str)
 
 
+@pytest.mark.slow
 @pytest.mark.covers("O54")
 def test_strict_arguments_validate_in_twenty_of_twenty(fleet: RouterProcess) -> None:
     tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": _STRICT}}

@@ -75,6 +75,7 @@ def test_from_pull_to_rm(router: RouterProcess, tmp_path: Path) -> None:
     assert "house" not in command_on(router, "list").stdout
 
 
+@pytest.mark.slow
 def test_run_pulls_what_is_not_here(router: RouterProcess) -> None:
     ran = command_on(router, "run", "house:0.4m", "Hello!")
     assert (ran.returncode, ran.stdout.strip()) == (0, GREETING)
@@ -84,6 +85,7 @@ def test_run_pulls_what_is_not_here(router: RouterProcess) -> None:
         assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
 
 
+@pytest.mark.slow
 def test_create_from_folders_and_from_standard_input(router: RouterProcess, tmp_path: Path) -> None:
     from tests.tiny_models.adapter import make_random_adapter
 
@@ -156,6 +158,7 @@ def _completed(line: str, port: int = 1) -> set[str]:
     return {word.strip() for word in offered.split("\n")} - {""}
 
 
+@pytest.mark.slow
 def test_the_shell_completes_commands_flags_and_models(router: RouterProcess) -> None:
     port = urlsplit(router.url).port or 0
     assert {"pull", "plan", "pin", "ps"} == _completed("mlx-router p")
@@ -325,6 +328,7 @@ def test_a_table_fits_its_terminal_and_is_whole_in_a_pipe(router: RouterProcess,
     assert command_on(router, "rm", long).returncode == 0
 
 
+@pytest.mark.slow
 def test_run_makes_vectors_with_a_model_of_vectors_and_keeps_to_formats(home: Path, models_dir: Path) -> None:
     (home / "config.toml").write_text(
         f'[models."vectors"]\npath = {json.dumps(str(models_dir / "small"))}\nkind = "embedding"\n'

@@ -132,6 +132,7 @@ def test_the_wrong_kind_of_model_is_told_before_anything_is_loaded(home: Path, p
         assert router.children() == []
 
 
+@pytest.mark.slow
 @pytest.mark.req("R29")
 def test_a_new_repository_is_there_within_five_seconds_and_goes_as_quickly(home: Path) -> None:
     _cache(home)

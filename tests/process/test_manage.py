@@ -215,6 +215,7 @@ def test_a_model_of_uploaded_files_and_what_is_made_from_it(router: RouterProces
     assert "'roberta'" in told["error"]
 
 
+@pytest.mark.slow
 def test_weights_that_no_model_is_made_of_are_not_kept(home: Path) -> None:
     weights = home / "store" / "weights"
 
@@ -268,6 +269,7 @@ def test_an_adapter_makes_another_worker(router: RouterProcess, tmp_path: Path) 
     wait_until(lambda: len(router.client.get("/api/ps")["models"]) == 1, "its worker has left")
 
 
+@pytest.mark.slow
 def test_adapters_system_and_options_of_the_configuration(home: Path, tmp_path: Path) -> None:
     from tests.tiny_models.adapter import make_random_adapter
 
@@ -367,6 +369,7 @@ def test_what_another_program_fetched_does_not_become_ours_by_a_pull(home: Path)
             assert call(router, "DELETE", "/api/delete", {"model": repo}).status == 200, "now it is ours"
 
 
+@pytest.mark.slow
 def test_a_pulled_or_created_model_outlives_the_router_and_a_lost_base_is_told(home: Path, tmp_path: Path) -> None:
     folder = tmp_path / "models"
     shutil.copytree(DEMO_FOLDER, folder / "base")

@@ -201,6 +201,7 @@ def broken_home(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_broken_configuration_stops_only_what_needs_it(demo_router: RouterProcess, broken_home: Path) -> None:
     for arguments in (("start",), ("config", "show"), ("config", "check")):
         done = command_on(demo_router, *arguments, home=broken_home)

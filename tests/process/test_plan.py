@@ -70,6 +70,7 @@ def test_a_plan_tells_what_would_happen_and_does_nothing(home: Path) -> None:
         assert call(router, "POST", "/admin/plan", b"{").status == 400
 
 
+@pytest.mark.slow
 def test_the_command_says_it_in_words_and_in_json(home: Path) -> None:
     scripts = {"a": {"memory_bytes": 2 * _MB}, "b": {"memory_bytes": 2 * _MB}}
     with running_router(home, *fake_config(home, scripts, memory_budget=3 * _MB)) as router:

@@ -103,6 +103,7 @@ def test_a_pull_tells_its_progress_and_the_model_answers_at_once(hub: Hub, home:
     assert hub.tokens == set()
 
 
+@pytest.mark.slow
 @pytest.mark.covers("T133")
 def test_leaving_ends_the_download_and_the_next_one_goes_on(hub: Hub, home: Path, tmp_path: Path) -> None:
     folder = _large(tmp_path)
@@ -264,6 +265,7 @@ def test_content_that_is_not_what_was_announced_is_thrown_away(hub: Hub, home: P
         _answers(router, _REPO)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignores_ranges", [False, True])
 def test_a_first_part_is_used_or_done_again(hub: Hub, home: Path, ignores_ranges: bool) -> None:
     hub.ignores_ranges = ignores_ranges
@@ -319,6 +321,7 @@ def test_a_token_opens_what_is_private_and_no_worker_sees_it(hub: Hub, home: Pat
         assert worker.environ()["HF_HUB_OFFLINE"] == "1"
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_busy_is_asked_again_and_one_that_is_gone_is_named(hub: Hub, home: Path) -> None:
     with _with(hub, home) as router:
         hub.busy = 0
@@ -377,6 +380,7 @@ def test_short_names_and_hub_names(hub: Hub, home: Path) -> None:
             assert call(router, "POST", "/api/pull", {"model": name}).json() == {"error": "invalid model name"}
 
 
+@pytest.mark.slow
 @pytest.mark.req("R28", "R29")
 def test_a_new_revision_is_served_when_it_is_whole(hub: Hub, home: Path) -> None:
     with _with(hub, home) as router:

@@ -196,6 +196,7 @@ def test_one_that_cannot_start_is_stopped_and_started_once_it_can(machine: _Mach
     assert machine.status()["answers"]
 
 
+@pytest.mark.slow
 def test_a_service_that_loads_nothing_by_itself_is_installed_too(machine: _Machine) -> None:
     installed = machine.run("install", MLX_ROUTER_ON_DEMAND="false")
     assert installed.returncode == 0, installed.stderr

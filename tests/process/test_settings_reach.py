@@ -162,6 +162,7 @@ def test_on_demand_takes_effect(home: Path, entry: str) -> None:
             assert loaded == (["demo:latest"] if on_demand else [])
 
 
+@pytest.mark.slow
 @pytest.mark.req("R23", "R26")
 def test_twenty_swaps_change_no_setting_and_no_list(home: Path) -> None:
     arguments = fake_config(home, {"small": {"tokens": 1}, "other": {"tokens": 1}}, default_model="small")

@@ -50,6 +50,7 @@ def test_a_worker_that_stops_producing_is_ended_and_its_streams_are_told(home: P
         assert router.generate("b")["done"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.req("R46")
 def test_a_frozen_worker_is_ended_although_it_hears_nothing(home: Path) -> None:
     arguments = fake_config(home, {"a": {"tokens": 1000, "tokens_per_second": 50}}, **_STALL)
@@ -84,6 +85,7 @@ def test_a_worker_that_computes_without_output_is_left_alone(home: Path, stream:
         assert router.model("a")["failures"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.req("R46")
 def test_a_client_that_reads_slowly_is_no_hang_of_the_worker(home: Path) -> None:
     """The worker has finished; what waits to be read waits in the router, because the sockets' buffers are full."""
@@ -168,6 +170,7 @@ def test_public_errors_name_no_folders_and_the_operator_sees_them(home: Path) ->
         assert router.model("a")["last_failure"]["reason"] == secret
 
 
+@pytest.mark.slow
 @pytest.mark.req("R46")
 def test_counting_tokens_is_watched_like_everything_else(home: Path) -> None:
     """A process of its own does it, for all models; one that does not get on is replaced."""

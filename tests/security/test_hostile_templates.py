@@ -27,7 +27,7 @@ _NEEDS_LINUX = {"string", "format", "list"}
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param(how, marks=[pytest.mark.slow] if how == "loop" else [])
+        pytest.param(how, marks=[pytest.mark.slow] if how != "string" else [])
         for how in _HOSTILE
         if sys.platform == "linux" or how not in _NEEDS_LINUX
     ],
@@ -49,6 +49,7 @@ def test_a_template_that_needs_too_much_is_refused_and_harms_no_other_model(
         assert call(router, "POST", "/v1/completions", {"model": "bad", "prompt": "a", "max_tokens": 2}).status == 200
 
 
+@pytest.mark.slow
 @pytest.mark.req("R28")
 def test_a_template_that_needs_too_much_for_one_conversation_serves_the_next(home: Path, tmp_path: Path) -> None:
     make_parrot(

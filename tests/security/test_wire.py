@@ -162,6 +162,7 @@ def test_what_the_system_would_keep_for_a_client_counts_as_unread(home: Path) ->
         router.wait_line("client_stalled")
 
 
+@pytest.mark.slow
 @pytest.mark.req("R10")
 def test_a_client_that_reads_slowly_and_steadily_gets_everything(home: Path) -> None:
     """Also of one large body, of which much lies here all the time."""

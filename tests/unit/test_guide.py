@@ -68,7 +68,7 @@ def _random_walk(guide: Guide, seed: int, budget: int) -> list[int]:
     return drawn
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.integers(40, 200), st.sampled_from([_SCHEMA, _NESTED, '{"type":"object"}']))
 def test_a_walk_at_random_ends_as_json_within_its_budget(seed: int, budget: int, schema: str) -> None:
     made = Grammars(_TEXT, _END)
