@@ -263,3 +263,15 @@ def wait_for_answer(router: RouterProcess) -> int:
             return call(router, "GET", "/api/tags").status
         except OSError:
             assert time.monotonic() < end, "nobody is let in any more"
+
+
+@pytest.mark.parametrize("name", ["Host", "Origin"])
+def test_a_header_that_decides_access_comes_once(demo_router: RouterProcess, name: str) -> None:
+    """With two, a proxy may have looked at the other one."""
+    parts = urlsplit(demo_router.url)
+    with socket.create_connection((parts.hostname or "", parts.port or 0), DEADLINE) as connection:
+        host = "" if name == "Host" else "Host: localhost\r\n"
+        twice = f"{name}: http://localhost\r\n{name}: https://evil.example\r\n"
+        connection.sendall(f"GET /api/version HTTP/1.1\r\n{host}{twice}Connection: close\r\n\r\n".encode())
+        answer = connection.makefile("rb").read()
+    assert (answer.split(b" ", 2)[1], f"more than one {name}".encode() in answer) == (b"400", True)

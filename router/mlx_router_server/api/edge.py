@@ -83,7 +83,7 @@ class Edge:
         extra = {"x-request-id": request_id, "request-id": request_id}
         scope.setdefault("state", {})["request_id"] = request_id
         CURRENT_REQUEST.set(request_id)
-        if problem := _host_problem(scope, headers):
+        if problem := _head_problem(scope, headers):
             response = error_response(scope, InvalidRequest(problem))
             response.headers.update(extra)
             await response(scope, receive, send)
@@ -151,9 +151,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _host_problem(scope: Scope, headers: Headers) -> str:
-    """Return what is wrong with the Host header (RFC 9112, section 3.2); empty if it is valid."""
+def _head_problem(scope: Scope, headers: Headers) -> str:
+    """Return what is wrong with the headers Host (RFC 9112, section 3.2) and Origin; empty if they are valid."""
     hosts = headers.getlist("host")
+    if len(headers.getlist("origin")) > 1:
+        return "the request has more than one Origin header"
     if len(hosts) > 1:
         return "the request has more than one Host header"
     if not hosts and scope.get("http_version") not in ("1.0", "0.9"):
