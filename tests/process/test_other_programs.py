@@ -310,9 +310,7 @@ def test_doctor_ended_by_a_signal_leaves_nothing(home: Path, tmp_path: Path, num
     process = subprocess.Popen([sys.executable, "-P", "-m", "mlx_router_server", "doctor"], env=environment,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     try:
-        wait_until(lambda: _trial_router(process.pid) is not None, "the trial has begun")
-        trial = _trial_router(process.pid)
-        assert trial is not None
+        trial: psutil.Process = wait_until(lambda: _trial_router(process.pid), "the trial has begun")
         process.send_signal(number)
         assert process.wait(DEADLINE) == 128 + number
     finally:
@@ -325,6 +323,6 @@ def test_doctor_ended_by_a_signal_leaves_nothing(home: Path, tmp_path: Path, num
 def _trial_router(pid: int) -> psutil.Process | None:
     for child in psutil.Process(pid).children():
         with suppress(psutil.Error):
-            if "mlx_router_server" in child.cmdline():
+            if "start" in child.cmdline():
                 return child
     return None

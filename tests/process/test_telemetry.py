@@ -101,10 +101,20 @@ def test_totals_equal_what_the_clients_counted(home: Path) -> None:
             result.result(60)
         done.set()
         scrapes = scraping.result(30)
-        found = _samples(router)
-    counted = _by(found, "requests_total", "route", "model", "status")
-    assert counted.pop(("/metrics", "", "200")) == scrapes
-    assert counted == requests
+
+        def settled() -> Any:
+            """The figures, once they have the requests whose last byte a client has just got."""
+            nonlocal scrapes
+            found = _samples(router)
+            counted = _by(found, "requests_total", "route", "model", "status")
+            own = counted.pop(("/metrics", "", "200"))
+            if counted != requests:
+                scrapes += 1
+                return None
+            assert own == scrapes
+            return found
+
+        found = wait_until(settled, "all requests are counted", 10)
     assert sum(requests.values()) == _STREAMS * 12
     assert _by(found, "prompt_tokens_total", "model") == prompts
     assert _by(found, "completion_tokens_total", "model") == answers
