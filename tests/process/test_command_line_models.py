@@ -182,7 +182,7 @@ def test_doctor_finds_nothing_wrong_and_what_is_wrong(home: Path, router: Router
     assert found["trial"]["level"] == "ok"
     assert "answered in" in found["trial"]["text"]
     assert found["port"]["text"].startswith("an mlx-router answers")
-    assert (found["hub"]["level"], "HF_ENDPOINT" in found["hub"]["mend"]) == ("warning", True)
+    assert (found["hub"]["level"], "HF_ENDPOINT" in found["hub"]["fix"]) == ("warning", True)
     assert found["leftovers"]["level"] == "ok"
     _, key = make_key("x", [Scope.ADMIN])
     write_keys(keys_file(home), [key])

@@ -224,7 +224,7 @@ def test_doctor_reports_a_broken_configuration_among_its_findings(broken_home: P
     assert done.returncode == 1
     assert found[0]["level"] == "problem"
     assert "config.toml" in found[0]["text"]
-    assert "config check" in found[0]["mend"]
+    assert "config check" in found[0]["fix"]
     assert {finding["about"] for finding in findings} > {"Python", "memory"}, "it looks at all else as well"
 
 

@@ -1,4 +1,4 @@
-"""``mlx-router doctor``: what could keep the router from working, looked at one by one, each with how to mend it.
+"""``mlx-router doctor``: what could keep the router from working, looked at one by one, each with how to fix it.
 
 Nothing is changed. The last look is a trial: a router of its own loads the demo model and is asked something.
 """
@@ -59,12 +59,12 @@ _DEVICE: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What one look found; ``mend`` says what to do about it."""
+    """What one look found; ``fix`` says what to do about it."""
 
     level: str
     about: str
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 def doctor(options: argparse.Namespace, settings: Settings) -> int:
@@ -72,7 +72,7 @@ def doctor(options: argparse.Namespace, settings: Settings) -> int:
     findings: list[Finding] = []
     if error := getattr(options, "settings_error", ""):
         broken = Finding(level=_PROBLEM, about="configuration", text=error,
-                         mend="Correct the file; `mlx-router config check` reads it again.")  # fmt: skip
+                         fix="Correct the file; `mlx-router config check` reads it again.")  # fmt: skip
         looks: tuple[Callable[[Settings], Iterator[Finding]], ...] = (lambda settings: iter([broken]), *_LOOKS)
     else:
         looks = _LOOKS
@@ -81,8 +81,8 @@ def doctor(options: argparse.Namespace, settings: Settings) -> int:
             findings.append(finding)
             if not options.json:
                 print(f" {_MARKS[finding.level]} {finding.about}: {finding.text}", flush=True)
-                if finding.mend:
-                    print(f"     {finding.mend}", flush=True)
+                if finding.fix:
+                    print(f"     {finding.fix}", flush=True)
     problems = [finding for finding in findings if finding.level == _PROBLEM]
     if options.json:
         print_json([asdict(finding) for finding in findings])
@@ -101,11 +101,11 @@ def _python(settings: Settings) -> Iterator[Finding]:
     translated = sys.platform == "darwin" and platform.machine() != "arm64"
     if translated:
         yield Finding(level=_PROBLEM, about="Python", text=f"{version} for {platform.machine()}",
-                      mend="MLX needs Apple silicon and a Python that is built for it (arm64).")  # fmt: skip
+                      fix="MLX needs Apple silicon and a Python that is built for it (arm64).")  # fmt: skip
     else:
         yield Finding(level=_OK, about="Python", text=f"{version}, {sys.executable}")
     if sys.platform not in ("darwin", "linux"):
-        yield Finding(level=_PROBLEM, about="platform", text=platform.platform(), mend="Use macOS or Linux.")
+        yield Finding(level=_PROBLEM, about="platform", text=platform.platform(), fix="Use macOS or Linux.")
     else:
         yield Finding(level=_OK, about="platform", text=platform.platform())
 
@@ -115,7 +115,7 @@ def _packages(settings: Settings) -> Iterator[Finding]:
         try:
             yield Finding(level=_OK, about=name, text=importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(level=_PROBLEM, about=name, text="not installed", mend="pip install mlx-router-server")
+            yield Finding(level=_PROBLEM, about=name, text="not installed", fix="pip install mlx-router-server")
 
 
 def _device(settings: Settings) -> Iterator[Finding]:
@@ -126,13 +126,13 @@ def _device(settings: Settings) -> Iterator[Finding]:
         told = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         yield Finding(level=_PROBLEM, about="MLX", text=f"it cannot be imported: {type(error).__name__}",
-                      mend="Reinstall it: pip install --force-reinstall mlx mlx-lm")  # fmt: skip
+                      fix="Reinstall it: pip install --force-reinstall mlx mlx-lm")  # fmt: skip
         return
     name = told["name"] or told["device"]
     yield Finding(level=_OK, about="MLX device", text=f"{told['device']}, {name}".strip(", "))
     if "gpu" not in told["device"].lower() and sys.platform == "linux":
         yield Finding(level=_WARNING, about="MLX device", text="the CPU: fine for trying, slow for large models",
-                      mend=f"With an NVIDIA GPU: {install_command('cuda')}")  # fmt: skip
+                      fix=f"With an NVIDIA GPU: {install_command('cuda')}")  # fmt: skip
         yield from _compiler()
 
 
@@ -141,7 +141,7 @@ def _compiler() -> Iterator[Finding]:
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     if found is None:
         yield Finding(level=_WARNING, about="compiler", text="no C++ compiler on the PATH",
-                      mend="Compiled functions of MLX's CPU back end need one: apt install g++")  # fmt: skip
+                      fix="Compiled functions of MLX's CPU back end need one: apt install g++")  # fmt: skip
     else:
         yield Finding(level=_OK, about="compiler", text=found)
 
@@ -152,7 +152,7 @@ def _memory(settings: Settings) -> Iterator[Finding]:
     text = f"{human_size(reading.total_bytes)} in all, {human_size(reading.available_bytes)} free, "
     text += f"{human_size(budget)} for models"
     if budget < 10**9:
-        yield Finding(level=_WARNING, about="memory", text=text, mend="Close other programs, or set memory_budget.")
+        yield Finding(level=_WARNING, about="memory", text=text, fix="Close other programs, or set memory_budget.")
     else:
         yield Finding(level=_OK, about="memory", text=text)
     if sys.platform == "darwin" and (limit := wired_limit()):
@@ -167,7 +167,7 @@ def _open_files(settings: Settings) -> Iterator[Finding]:
         return
     text = f"{limit} are allowed, {wanted} are needed for max_connections"
     yield Finding(level=_WARNING, about="open files", text=text,
-                  mend=f"Raise the hard limit (ulimit -Hn {wanted}; LimitNOFILE= in a unit of systemd).")  # fmt: skip
+                  fix=f"Raise the hard limit (ulimit -Hn {wanted}; LimitNOFILE= in a unit of systemd).")  # fmt: skip
 
 
 def _disk(settings: Settings) -> Iterator[Finding]:
@@ -176,10 +176,10 @@ def _disk(settings: Settings) -> Iterator[Finding]:
         free = shutil.disk_usage(there).free
         if not os.access(there, os.W_OK):
             yield Finding(level=_PROBLEM, about=about, text=f"{folder} cannot be written",
-                          mend=f"Make it yours, or use another: {_variable(about)}")  # fmt: skip
+                          fix=f"Make it yours, or use another: {_variable(about)}")  # fmt: skip
         elif free < _LEAST_FREE:
             yield Finding(level=_WARNING, about=about, text=f"{folder}: only {human_size(free)} are free",
-                          mend=f"Models take gigabytes: mlx-router rm MODEL, or set {_variable(about)}.")  # fmt: skip
+                          fix=f"Models take gigabytes: mlx-router rm MODEL, or set {_variable(about)}.")  # fmt: skip
         else:
             yield Finding(level=_OK, about=about, text=f"{folder}, {human_size(free)} free")
 
@@ -196,11 +196,11 @@ def _config(settings: Settings) -> Iterator[Finding]:
         for what, path in (("path", said.path), ("adapter", said.adapter)):
             if path is not None and not path.is_dir():
                 yield Finding(level=_WARNING, about="configuration", text=f"models.{name!r}: no folder {path}",
-                              mend=f"Correct its {what}, or take the entry out.")  # fmt: skip
+                              fix=f"Correct its {what}, or take the entry out.")  # fmt: skip
     for folder in settings.models_dirs:
         if not folder.is_dir():
             yield Finding(level=_WARNING, about="configuration", text=f"models_dirs: no folder {folder}",
-                          mend="Make it, or take it out.")  # fmt: skip
+                          fix="Make it, or take it out.")  # fmt: skip
 
 
 def _permissions(settings: Settings) -> Iterator[Finding]:
@@ -208,7 +208,7 @@ def _permissions(settings: Settings) -> Iterator[Finding]:
     for file in (keys_file(home), home / "local.key"):
         if file.exists() and stat.S_IMODE(file.stat().st_mode) & 0o077:
             yield Finding(level=_PROBLEM, about="permissions", text=f"others can read {file}",
-                          mend=f"chmod 600 {file}")  # fmt: skip
+                          fix=f"chmod 600 {file}")  # fmt: skip
             return
     yield Finding(level=_OK, about="permissions", text="keys are for nobody else's eyes")
 
@@ -225,7 +225,7 @@ def _port(settings: Settings) -> Iterator[Finding]:
         yield Finding(level=_OK, about="port", text=f"an mlx-router answers at {settings.url}")
     else:
         yield Finding(level=_PROBLEM, about="port", text=f"another program answers at {settings.url}",
-                      mend=f"Stop it, or take another port: mlx-router start --port {settings.port + 1}")  # fmt: skip
+                      fix=f"Stop it, or take another port: mlx-router start --port {settings.port + 1}")  # fmt: skip
 
 
 def _hub(settings: Settings) -> Iterator[Finding]:
@@ -238,7 +238,7 @@ def _hub(settings: Settings) -> Iterator[Finding]:
         connection.getresponse().read()
     except (OSError, http.client.HTTPException) as error:
         yield Finding(level=_WARNING, about="hub", text=f"{endpoint} cannot be reached ({type(error).__name__})",
-                      mend="Only `pull` needs it. Through a proxy: HTTPS_PROXY; a mirror: HF_ENDPOINT.")  # fmt: skip
+                      fix="Only `pull` needs it. Through a proxy: HTTPS_PROXY; a mirror: HF_ENDPOINT.")  # fmt: skip
     else:
         yield Finding(level=_OK, about="hub", text=f"{endpoint} answers")
     finally:
@@ -255,7 +255,7 @@ def _leftovers(settings: Settings) -> Iterator[Finding]:
     if lost:
         pids = " ".join(map(str, lost))
         yield Finding(level=_WARNING, about="leftovers", text=f"workers without a router: pid {pids}",
-                      mend=f"The next start ends them; or: kill {pids}")  # fmt: skip
+                      fix=f"The next start ends them; or: kill {pids}")  # fmt: skip
     else:
         yield Finding(level=_OK, about="leftovers", text="none")
 
@@ -286,7 +286,7 @@ def _trial(settings: Settings) -> Iterator[Finding]:
             finding = Finding(level=_OK, about="trial", text=f"the demo model was loaded and answered in {took:.1f} s")
         except (NoRouter, ApiError) as error:
             finding = Finding(level=_PROBLEM, about="trial", text=f"the demo model did not answer: {error}",
-                              mend="Its log says more: mlx-router start --port 0 --log-level debug")  # fmt: skip
+                              fix="Its log says more: mlx-router start --port 0 --log-level debug")  # fmt: skip
         finally:
             process.send_signal(signal.SIGTERM)
             try:

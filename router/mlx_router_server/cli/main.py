@@ -172,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_service(commands.add_parser("service", help="have the router start at login or boot, and be watched"))
     _add_keys(commands.add_parser("keys", help="keys that clients have to show"))
 
-    _table(_common(commands.add_parser("doctor", help="look for what is wrong, and say how to mend it"))).set_defaults(
+    _table(_common(commands.add_parser("doctor", help="look for what is wrong, and say how to fix it"))).set_defaults(
         command=doctor.doctor
     )
     shells = commands.add_parser("completion", help="a script that completes commands, flags and models in a shell")
