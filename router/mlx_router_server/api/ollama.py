@@ -23,14 +23,9 @@ from mlx_router_server.catalogue.overlay import modelfile_of
 from mlx_router_server.catalogue.safetensors import list_tensors
 from mlx_router_server.dialects import ollama_answers as answers
 from mlx_router_server.dialects.call import Moment, Transcript
-from mlx_router_server.dialects.ollama_requests import (
-    GenerateCall,
-    parse_chat,
-    parse_embed,
-    parse_embeddings,
-    parse_generate,
-    parse_show,
-)
+from mlx_router_server.dialects.ollama_embedding import parse_embed, parse_embeddings
+from mlx_router_server.dialects.ollama_management import parse_show
+from mlx_router_server.dialects.ollama_requests import GenerateCall, parse_chat, parse_generate
 from mlx_router_server.lifecycle.states import State
 from mlx_router_server.lifecycle.views import ModelView
 from mlx_router_shared.errors import InvalidRequest, ModelNotFound

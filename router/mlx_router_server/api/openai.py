@@ -22,7 +22,8 @@ from mlx_router_server.dialects import openai_answers as answers
 from mlx_router_server.dialects.anthropic_answers import model_entry
 from mlx_router_server.dialects.call import Call
 from mlx_router_server.dialects.embedding_requests import parse_embeddings, parse_rerank
-from mlx_router_server.dialects.openai_requests import parse_chat_completion, parse_completion
+from mlx_router_server.dialects.openai_completions import parse_completion
+from mlx_router_server.dialects.openai_requests import parse_chat_completion
 from mlx_router_server.lifecycle.states import State
 from mlx_router_shared.errors import InvalidRequest
 

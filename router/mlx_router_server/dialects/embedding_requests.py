@@ -10,8 +10,8 @@ from msgspec import Struct, field
 from mlx_router_server.dialects.body import Int64, convert, read_object
 from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
+from mlx_router_server.dialects.openai_choices import ACCOUNTING
 from mlx_router_server.dialects.openai_common import is_token_ids, limit_of
-from mlx_router_server.dialects.openai_requests import ACCOUNTING
 from mlx_router_server.durations import parse_duration
 from mlx_router_shared.errors import InvalidRequest
 from mlx_router_shared.generation import EmbeddingRequest, RerankRequest

@@ -1,4 +1,4 @@
-"""Ollama's bodies and lines about which models there are: /api/pull, /api/create, /api/copy, /api/delete, /api/push."""
+"""Ollama's bodies and lines about which models there are: /api/show, pull, create, copy, delete and push."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ __all__ = [
     "DELETE_FIELDS",
     "PULL_FIELDS",
     "PUSH_FIELDS",
+    "SHOW_FIELDS",
     "CreateCall",
     "parse_copy",
     "parse_create",
     "parse_delete",
     "parse_pull",
     "parse_push",
+    "parse_show",
     "status_line",
 ]
 
@@ -57,6 +59,10 @@ class _PullBody(_Named, kw_only=True):
 
 class _PushBody(_Named, kw_only=True):
     stream: bool = True
+
+
+class _ShowBody(_Named, kw_only=True):
+    verbose: bool = False
 
 
 class _DeleteBody(_Named, kw_only=True):
@@ -100,6 +106,12 @@ PUSH_FIELDS: Final = FieldRules(
     route="POST /api/push",
     body=_PushBody,
     ignored=dict.fromkeys(("insecure", "username", "password"), "nothing is pushed"),
+)
+SHOW_FIELDS: Final = FieldRules(
+    route="POST /api/show",
+    body=_ShowBody,
+    ignored={"system": "Ollama does not read it any more", "template": "as system", "options": "as system"},
+    notes={"verbose": "adds the list of tensors"},
 )
 DELETE_FIELDS: Final = FieldRules(
     route="DELETE /api/delete",
@@ -162,6 +174,13 @@ def parse_push(body: bytes) -> tuple[str, tuple[str, ...]]:
     """The name, and the fields that are ignored."""
     data = read_object(body, fold_case=True)
     return _required(convert(data, _PushBody)), PUSH_FIELDS.check(data)
+
+
+def parse_show(body: bytes) -> tuple[str, bool, tuple[str, ...]]:
+    """The name, whether tensors are wanted, and the fields that are ignored."""
+    data = read_object(body, fold_case=True)
+    show = convert(data, _ShowBody)
+    return _required(show), show.verbose, SHOW_FIELDS.check(data)
 
 
 def parse_delete(body: bytes) -> tuple[str, bool, tuple[str, ...]]:

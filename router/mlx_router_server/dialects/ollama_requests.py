@@ -1,4 +1,4 @@
-"""Ollama's bodies: /api/chat, /api/generate, /api/embed, /api/embeddings, /api/show."""
+"""Ollama's bodies that generate: /api/chat and /api/generate."""
 
 from __future__ import annotations
 
@@ -12,27 +12,20 @@ from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
 from mlx_router_server.dialects.go_template import render_prompt
 from mlx_router_server.dialects.images import image_from_base64
-from mlx_router_server.dialects.openai_common import limit_of
 from mlx_router_server.dialects.options import OLLAMA_DEFAULTS, Options, parse_options
-from mlx_router_server.dialects.schemas import ANY_OBJECT, AnswerSchema, StrictTools, answer_schema
+from mlx_router_server.dialects.schemas import ANY_OBJECT, AnswerSchema, answer_schema
+from mlx_router_server.dialects.tools import TOOL_BODY, read_tools
 from mlx_router_server.durations import parse_duration
 from mlx_router_shared.errors import InvalidRequest
-from mlx_router_shared.generation import EmbeddingRequest, GenerationRequest, Message, Role, Tool, ToolCall
+from mlx_router_shared.generation import GenerationRequest, Message, Role, ToolCall
 
 __all__ = [
     "CHAT_FIELDS",
-    "EMBEDDINGS_FIELDS",
-    "EMBED_FIELDS",
     "GENERATE_FIELDS",
-    "SHOW_FIELDS",
     "GenerateCall",
     "parse_chat",
-    "parse_embed",
-    "parse_embeddings",
     "parse_generate",
-    "parse_show",
-    "read_tools",
-    "TOOL_BODY",
+    "read_keep_alive",
 ]
 
 _EFFORTS: Final = ("low", "medium", "high", "max")
@@ -60,21 +53,6 @@ class _Message(Struct, kw_only=True):
     tool_calls: list[_Call] = field(default_factory=list)
     tool_name: str = ""
     tool_call_id: str = ""
-
-
-class _ToolFunction(Struct, kw_only=True):
-    name: str
-    description: str = ""
-    parameters: dict[str, Any] = field(default_factory=dict)
-    strict: bool = False
-
-
-class _Tool(Struct, kw_only=True):
-    function: _ToolFunction
-    type: str = "function"
-
-
-TOOL_BODY: Final = _Tool
 
 
 class _Common(Struct, kw_only=True):
@@ -105,28 +83,6 @@ class _GenerateBody(_Common, kw_only=True):
     images: list[str] = field(default_factory=list)
 
 
-class _EmbedBody(Struct, kw_only=True):
-    model: str = ""
-    input: Any = None
-    truncate: bool = True
-    dimensions: Int64 = 0
-    keep_alive: Any = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-class _EmbeddingsBody(Struct, kw_only=True):
-    model: str = ""
-    prompt: str = ""
-    keep_alive: Any = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-class _ShowBody(Struct, kw_only=True):
-    model: str = ""
-    name: str = ""
-    verbose: bool = False
-
-
 _NOTES: Final = {
     "format": '"json" or a JSON schema, enforced by a grammar; thinking before it stays free',
     "options": "see the list of options; unknown ones are ignored",
@@ -140,7 +96,7 @@ CHAT_FIELDS: Final = FieldRules(
     body=_ChatBody,
     ignored={"shift": _NO_SHIFT, "tool_choice": "Ollama has none; /v1/chat/completions honours it"},
     notes=_NOTES,
-    inside={"messages[]": _Message, "tools[]": _Tool},
+    inside={"messages[]": _Message, "tools[]": TOOL_BODY},
 )
 GENERATE_FIELDS: Final = FieldRules(
     route="POST /api/generate",
@@ -152,15 +108,6 @@ GENERATE_FIELDS: Final = FieldRules(
         "template": "Go template text: fields, if, range, eq, ne, and, or, not",
         "context": "token ids of an earlier answer, put before the prompt",
     },
-)
-_NO_OPTION: Final = "no option affects embeddings; each is reported as ignored"
-EMBED_FIELDS: Final = FieldRules(route="POST /api/embed", body=_EmbedBody, notes={"options": _NO_OPTION})
-EMBEDDINGS_FIELDS: Final = FieldRules(route="POST /api/embeddings", body=_EmbeddingsBody, notes={"options": _NO_OPTION})
-SHOW_FIELDS: Final = FieldRules(
-    route="POST /api/show",
-    body=_ShowBody,
-    ignored={"system": "Ollama does not read it any more", "template": "as system", "options": "as system"},
-    notes={"verbose": "adds the list of tensors"},
 )
 
 
@@ -181,7 +128,7 @@ def parse_chat(body: bytes) -> GenerateCall:
     chat = convert(data, _ChatBody)
     ignored = list(CHAT_FIELDS.check(data))
     _check_common(chat)
-    keep_alive = _keep_alive(chat.keep_alive)
+    keep_alive = read_keep_alive(chat.keep_alive)
     if not chat.messages:
         return _load_call(chat, keep_alive, ignored)
     messages = _messages(chat.messages)
@@ -203,7 +150,7 @@ def parse_generate(body: bytes) -> GenerateCall:
     generate = convert(data, _GenerateBody)
     ignored = list(GENERATE_FIELDS.check(data))
     _check_common(generate)
-    keep_alive = _keep_alive(generate.keep_alive)
+    keep_alive = read_keep_alive(generate.keep_alive)
     images = [image_from_base64(text, "images") for text in generate.images]
     if not generate.prompt:
         return _load_call(generate, keep_alive, ignored)
@@ -270,67 +217,11 @@ def _generate_call(
     return GenerateCall(model=body.model, keep_alive_seconds=keep_alive, call=call, render_only=body.debug_render_only)
 
 
-def parse_embed(body: bytes) -> GenerateCall:
-    """Raises ``InvalidRequest``; without an input there is no ``call``, and the model is loaded only."""
-    data = read_object(body, fold_case=True)
-    embed = convert(data, _EmbedBody)
-    ignored = EMBED_FIELDS.check(data) + _embedding_options(embed.options)
-    texts = [embed.input] if isinstance(embed.input, str) else embed.input or []
-    if not isinstance(texts, list) or (embed.input is not None and not isinstance(embed.input, str | list)):
-        raise InvalidRequest("invalid input type", param="input")
-    if not all(isinstance(text, str) for text in texts):
-        raise InvalidRequest("invalid input type", param="input")
-    keep_alive = _keep_alive(embed.keep_alive)
-    if texts in ([], [""]):
-        return GenerateCall(model=embed.model, keep_alive_seconds=keep_alive, call=None, ignored=ignored)
-    request = EmbeddingRequest(
-        texts=texts,
-        truncate=embed.truncate,
-        dimensions=limit_of(embed.dimensions),
-        normalize=True,
-    )
-    return _embedding_call(embed.model, keep_alive, request, ignored)
-
-
-def parse_embeddings(body: bytes) -> GenerateCall:
-    """The older form: one text, and the vector as the model makes it, without unit length."""
-    data = read_object(body, fold_case=True)
-    embed = convert(data, _EmbeddingsBody)
-    ignored = EMBEDDINGS_FIELDS.check(data) + _embedding_options(embed.options)
-    keep_alive = _keep_alive(embed.keep_alive)
-    if not embed.prompt:
-        return GenerateCall(model=embed.model, keep_alive_seconds=keep_alive, call=None, ignored=ignored)
-    request = EmbeddingRequest(texts=[embed.prompt], truncate=False, normalize=False)
-    return _embedding_call(embed.model, keep_alive, request, ignored)
-
-
-def _embedding_call(
-    model: str, keep_alive: float | None, request: EmbeddingRequest, ignored: tuple[str, ...]
-) -> GenerateCall:
-    needs = {Needs.EMBEDDING: Need('"{name}" does not support embeddings')}
-    call = Call(model=model, requests=(request,), keep_alive_seconds=keep_alive, needs=needs, ignored=ignored)
-    return GenerateCall(model=model, keep_alive_seconds=keep_alive, call=call)
-
-
-def _embedding_options(options: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(f"options.{name}" for name, value in options.items() if value is not None)
-
-
-def parse_show(body: bytes) -> tuple[str, bool, tuple[str, ...]]:
-    """The name that is asked for, whether tensors are wanted, and the fields that are ignored."""
-    data = read_object(body, fold_case=True)
-    show = convert(data, _ShowBody)
-    name = show.model or show.name
-    if not name.strip():
-        raise InvalidRequest("model is required", param="model")
-    return name, show.verbose, SHOW_FIELDS.check(data)
-
-
 def _option_names(options: Options) -> tuple[str, ...]:
     return tuple(f"options.{name}" for name in options.ignored)
 
 
-def _keep_alive(value: Any) -> float | None:
+def read_keep_alive(value: Any) -> float | None:
     return None if value is None else parse_duration(value)
 
 
@@ -390,26 +281,3 @@ def _messages(items: list[dict[str, Any]]) -> list[Message]:
             )
         )
     return messages
-
-
-def read_tools(items: list[dict[str, Any]], ignored: list[str]) -> list[Tool]:
-    """Tool definitions in the shape that Ollama and chat completions share. Constraints of strict ones that are not
-    enforced are added to ``ignored``."""
-    tools = []
-    strict_tools = StrictTools()
-    for number, item in enumerate(items):
-        tool = convert(item, _Tool, f"tools[{number}].")
-        if tool.type != "function":
-            raise InvalidRequest(f"tools of type {tool.type!r} are not supported", param=f"tools[{number}].type")
-        parameters = tool.function.parameters or {"type": "object", "properties": {}}
-        if tool.function.strict:
-            ignored += strict_tools.check(parameters, f"tools[{number}].function.parameters")
-        tools.append(
-            Tool(
-                name=tool.function.name,
-                description=tool.function.description,
-                parameters=msgspec.json.encode(parameters).decode(),
-                strict=tool.function.strict,
-            )
-        )
-    return tools

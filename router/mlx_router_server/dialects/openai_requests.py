@@ -1,4 +1,4 @@
-"""OpenAI's bodies: /v1/chat/completions, /v1/completions, /v1/embeddings, and /v1/rerank beside them."""
+"""OpenAI's /v1/chat/completions: messages in, the canonical request out."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from typing import Any, Final
 
 import msgspec
 from msgspec import Struct, field
-from msgspec.structs import replace
 
 from mlx_router_server.dialects.body import Int64, convert, read_object
 from mlx_router_server.dialects.call import Call, Need, Needs
 from mlx_router_server.dialects.fields import FieldRules
-from mlx_router_server.dialects.ollama_requests import TOOL_BODY, read_tools
+from mlx_router_server.dialects.openai_choices import (
+    FIELD_NOTES,
+    IGNORED_FIELDS,
+    ChoicesFields,
+    canonical_request,
+    choices_call,
+)
 from mlx_router_server.dialects.openai_common import (
     IMAGE_NAMES,
-    OPENAI_DEFAULTS,
     PART_NAMES,
     TOOL_CHOICE_NAMES,
-    SamplingFields,
     check_ranges,
-    is_token_ids,
     limit_of,
     read_effort,
     read_part,
-    sampling_of,
     tool_use,
 )
-from mlx_router_server.dialects.options import Options, checked_stops, parse_options
+from mlx_router_server.dialects.options import parse_options
 from mlx_router_server.dialects.schemas import ANY_OBJECT, AnswerSchema, answer_schema
-from mlx_router_server.durations import parse_duration
+from mlx_router_server.dialects.tools import TOOL_BODY, read_tools
 from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
 from mlx_router_shared.generation import (
-    GenerationRequest,
     Message,
     Role,
     ToolCall,
@@ -39,10 +39,7 @@ from mlx_router_shared.generation import (
 
 __all__ = [
     "CHAT_FIELDS",
-    "ACCOUNTING",
-    "COMPLETION_FIELDS",
     "parse_chat_completion",
-    "parse_completion",
     "read_response_format",
 ]
 
@@ -54,22 +51,9 @@ _ROLES: Final = {
     "tool": Role.TOOL,
     "function": Role.TOOL,
 }
-_COMPLETION_TOKENS: Final = 16  # OpenAI's own default for /v1/completions
-_MOST_CHOICES: Final = 64
 
 
-class _StreamOptions(Struct, kw_only=True):
-    include_usage: bool = False
-
-
-class _Common(SamplingFields, kw_only=True):
-    stream_options: _StreamOptions = field(default_factory=_StreamOptions)
-    max_tokens: Int64 | None = None
-    n: Int64 = 1
-    stop: str | list[str] = field(default_factory=list)
-
-
-class _ChatBody(_Common, kw_only=True):
+class _ChatBody(ChoicesFields, kw_only=True):
     messages: list[dict[str, Any]] = field(default_factory=list)
     max_completion_tokens: Int64 | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
@@ -84,14 +68,6 @@ class _ChatBody(_Common, kw_only=True):
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     modalities: list[str] = field(default_factory=list)
-
-
-class _CompletionBody(_Common, kw_only=True):
-    prompt: str | list[Any] = ""
-    suffix: str = ""
-    echo: bool = False
-    best_of: Int64 | None = None
-    logprobs: Int64 | None = None
 
 
 class _Function(Struct, kw_only=True):
@@ -125,32 +101,10 @@ _RESERVED_ARGUMENTS: Final = frozenset(
 )  # fmt: skip
 """What the server itself says to a chat template."""
 _OWN_TEMPLATE_ARGUMENTS: Final = _RESERVED_ARGUMENTS | {"enable_thinking"}
-ACCOUNTING: Final = "accounting of a hosted service; nothing here depends on it"
-_IGNORED: Final = {
-    "user": ACCOUNTING,
-    "safety_identifier": ACCOUNTING,
-    "metadata": ACCOUNTING,
-    "store": "nothing of a completion is kept here",
-    "service_tier": ACCOUNTING,
-    "prompt_cache_key": "what was read of a prompt is not kept for the next request",
-    "prompt_cache_retention": "as prompt_cache_key",
-    "prompt_cache_options": "as prompt_cache_key",
-    "moderation": ACCOUNTING,
-    "verbosity": "no model here knows it",
-    "prediction": "a hint for speed",
-}
-_NOTES: Final = {
-    "keep_alive": "Ollama's field, also by the header X-Keep-Alive",
-    "options": "Ollama's field; the API's own fields win over it",
-    "num_ctx": "Ollama's option: the context of this request",
-    "n": f"at most {_MOST_CHOICES} choices in one request, prompts times n",
-    "seed": "the k-th choice of several is drawn with seed + k",
-    "logit_bias": "token ids of the model's own vocabulary",
-}
 CHAT_FIELDS: Final = FieldRules(
     route="POST /v1/chat/completions",
     body=_ChatBody,
-    ignored=_IGNORED,
+    ignored=IGNORED_FIELDS,
     refused={
         "functions": "functions are long deprecated: use tools",
         "function_call": "function_call is long deprecated: use tool_choice",
@@ -158,7 +112,7 @@ CHAT_FIELDS: Final = FieldRules(
         "web_search_options": "this server does not search the web",
     },
     notes={
-        **_NOTES,
+        **FIELD_NOTES,
         "response_format": "json_object and json_schema are enforced by a grammar, strict or not",
         "tool_choice": "required, named and allowed_tools are enforced by a grammar: exactly one call",
         "tools": "with strict the arguments are enforced, for families that write calls in JSON",
@@ -177,17 +131,6 @@ CHAT_FIELDS: Final = FieldRules(
         "reasoning": frozenset({"effort"}),
         "thinking": frozenset({"type"}),
         **TOOL_CHOICE_NAMES,
-    },
-)
-COMPLETION_FIELDS: Final = FieldRules(
-    route="POST /v1/completions",
-    body=_CompletionBody,
-    ignored=_IGNORED,
-    notes={
-        **_NOTES,
-        "best_of": "has to equal n",
-        "suffix": "for models whose vocabulary has tokens for filling in",
-        "max_tokens": f"{_COMPLETION_TOKENS} if absent; 0 with echo",
     },
 )
 
@@ -221,7 +164,7 @@ def parse_chat_completion(body: bytes) -> Call:
     schema = None if use.forced else schema  # a call that is forced leaves no room for another form
     template_arguments = {k: v for k, v in chat.chat_template_kwargs.items() if k not in _OWN_TEMPLATE_ARGUMENTS}
     ignored += [f"chat_template_kwargs.{name}" for name in chat.chat_template_kwargs if name in _RESERVED_ARGUMENTS]
-    request = _request(
+    request = canonical_request(
         chat,
         options,
         messages=messages,
@@ -236,81 +179,7 @@ def parse_chat_completion(body: bytes) -> Call:
         max_tokens=limit_of(chat.max_completion_tokens, chat.max_tokens, options.max_tokens),
         top_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
     )
-    return _call(chat, [request], needs, options, ignored)
-
-
-def parse_completion(body: bytes) -> Call:
-    """Raises ``InvalidRequest`` with ``param``; nothing was looked up yet."""
-    data = read_object(body, empty="EOF")
-    completion = convert(data, _CompletionBody)
-    ignored = list(COMPLETION_FIELDS.check(data))
-    check_ranges(completion)
-    needs = {Needs.COMPLETION: Need('"{name}" does not support completions')}
-    if completion.suffix:
-        needs[Needs.INSERT] = Need("{full} does not support insert", "suffix")
-    if completion.best_of not in (None, completion.n):
-        raise UnsupportedCapability("best_of has to equal n", param="best_of")
-    if completion.logprobs is not None and not 0 <= completion.logprobs <= 5:
-        raise InvalidRequest("logprobs must be between 0 and 5", param="logprobs")
-    options = parse_options(completion.options)
-    if completion.echo and completion.max_tokens == 0:
-        limit: int | None = 0  # the prompt alone
-    else:
-        limit = limit_of(completion.max_tokens, options.max_tokens, _COMPLETION_TOKENS)
-    requests = [
-        _request(
-            completion,
-            options,
-            prompt=text,
-            prompt_tokens=tokens,
-            suffix=completion.suffix or None,
-            max_tokens=limit,
-            echo=completion.echo,
-            top_logprobs=completion.logprobs,
-        )
-        for text, tokens in _prompts(completion.prompt)
-    ]
-    if completion.suffix and any(request.prompt is None for request in requests):
-        raise InvalidRequest("suffix needs a prompt of text", param="suffix")
-    return _call(completion, requests, needs, options, ignored)
-
-
-def _call(
-    body: _Common, prompts: list[GenerationRequest], needs: dict[Needs, Need], options: Options,
-    ignored: list[str],
-) -> Call:  # fmt: skip
-    if not 1 <= body.n <= _MOST_CHOICES // len(prompts):
-        raise InvalidRequest(f"n times the number of prompts must be between 1 and {_MOST_CHOICES}", param="n")
-    requests = [_other_choice(request, number) for request in prompts for number in range(body.n)]
-    return Call(
-        model=body.model,
-        requests=tuple(requests),
-        stream=body.stream,
-        keep_alive_seconds=None if body.keep_alive is None else parse_duration(body.keep_alive),
-        needs=needs,
-        choices_per_prompt=body.n,
-        include_usage=body.stream_options.include_usage,
-        ignored=(*ignored, *(f"options.{name}" for name in options.ignored)),
-    )
-
-
-def _other_choice(request: GenerationRequest, number: int) -> GenerationRequest:
-    """The same request again; with a seed of its own, or every choice would be the same."""
-    seed = request.sampling.seed
-    if seed is None or number == 0:
-        return request
-    return replace(request, sampling=replace(request.sampling, seed=seed + number))
-
-
-def _request(body: _Common, options: Options, **more: Any) -> GenerationRequest:
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop
-    return GenerationRequest(
-        sampling=sampling_of(body, options),
-        sampling_defaults=OPENAI_DEFAULTS,
-        context_tokens=limit_of(body.num_ctx, options.context_tokens),
-        stop=checked_stops(stop, "stop") or options.stop,
-        **more,
-    )
+    return choices_call(chat, [request], needs, options, ignored)
 
 
 def _check_logprobs(chat: _ChatBody) -> None:
@@ -393,26 +262,3 @@ def _message(number: int, item: dict[str, Any], ignored: list[str]) -> tuple[Mes
         ),
         image_at,
     )
-
-
-def _prompts(prompt: str | list[Any]) -> list[tuple[str | None, list[int]]]:
-    """Each as text or as token ids."""
-    if isinstance(prompt, str):
-        return [_prompt(prompt)]
-    if prompt and all(isinstance(part, str | list) for part in prompt):
-        if len(prompt) > _MOST_CHOICES:
-            raise InvalidRequest(f"there are more than {_MOST_CHOICES} prompts", param="prompt")
-        if len({type(part) for part in prompt}) > 1:
-            raise InvalidRequest("prompts of text and of token ids cannot be mixed", param="prompt")
-        return [_prompt(part) for part in prompt]
-    return [_prompt(prompt)]
-
-
-def _prompt(prompt: Any) -> tuple[str | None, list[int]]:
-    if isinstance(prompt, str) and prompt:
-        return prompt, []
-    if is_token_ids(prompt):
-        return None, prompt
-    if prompt in ("", []):
-        raise InvalidRequest("prompt must not be empty", param="prompt")
-    raise InvalidRequest("prompt must be text or a list of token ids", param="prompt")
