@@ -23,6 +23,8 @@ _MOST_SEARCHED: Final = 50
 def count_lost_words(prompt: str, messages: list[Message]) -> int:
     """How many different words of the messages, and of the strings in the arguments of their calls, are missing, up to
     ``_MOST_SEARCHED``. Takes time in proportion to the lengths of both."""
+    if _stand_in_order(prompt, messages):
+        return 0
     words: set[str] = set()
     for message in messages:
         if _THOUGHT not in message.content:
@@ -32,6 +34,21 @@ def count_lost_words(prompt: str, messages: list[Message]) -> int:
                 words.update(_WORD.findall(text))
     words.difference_update(_WORD.findall(prompt))
     return sum(word not in prompt for word in islice(words, _MOST_SEARCHED))
+
+
+def _stand_in_order(prompt: str, messages: list[Message]) -> bool:
+    """Whether a prompt has all messages as they are, one behind the other: the usual case, and one pass."""
+    position = 0
+    for message in messages:
+        content = "" if _THOUGHT in message.content else message.content.strip()
+        position = prompt.find(content, position)
+        if position < 0:
+            return False
+        position += len(content)
+        for call in message.tool_calls:
+            if any(prompt.find(text, position) < 0 for text in _strings(call.arguments)):
+                return False
+    return True
 
 
 def _strings(arguments: str) -> list[str]:

@@ -168,18 +168,20 @@ class PromptRenderer:
     def count(self, request: GenerationRequest) -> tuple[int, str]:
         """The number of tokens of the whole prompt, and its text; does not mind whether it fits, within reason."""
         self._refuse_hopeless(request, request.messages, self._most_counted)
+        if is_chat(request):
+            text = self._chat(request, request.messages)
+            return len(self._prefix(request)) + len(self._encoded(text)), text
         tokens = self._tokens(request, request.messages)
-        text = self._chat(request, request.messages) if is_chat(request) else None
-        return len(tokens), text if text is not None else str(self._tokenizer.decode(tokens))
+        return len(tokens), str(self._tokenizer.decode(tokens))
 
     @property
     def _most_counted(self) -> int:
         return max(8 * self._context_tokens, _COUNTED_TOKENS)
 
     def _tokens(self, request: GenerationRequest, messages: list[Message]) -> list[int]:
-        prefix = self._checked(request.prefix_tokens, "context")
+        prefix = self._prefix(request)
         if is_chat(request):
-            return prefix + list(self._tokenizer.encode(self._chat(request, messages), add_special_tokens=False))
+            return prefix + self._encoded(self._chat(request, messages))
         if request.prompt is None:
             return prefix + self._checked(request.prompt_tokens, "prompt")
         if request.suffix is None:
@@ -191,6 +193,13 @@ class PromptRenderer:
         if known is None:
             raise UnsupportedCapability("this model has no tokens for filling in", param="suffix")
         return prefix + list(self._tokenizer.encode(known.prompt(request.prompt, request.suffix)))
+
+    def _prefix(self, request: GenerationRequest) -> list[int]:
+        return self._checked(request.prefix_tokens, "context")
+
+    def _encoded(self, text: str) -> list[int]:
+        """The tokens of what a template has rendered, which has its special tokens already."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _checked(self, tokens: list[int], param: str) -> list[int]:
         if not all(is_token(self._tokenizer, token, self._vocabulary) for token in tokens):
