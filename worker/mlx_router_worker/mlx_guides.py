@@ -53,7 +53,7 @@ class Guides:
         if request.schema is None and not request.forced_tools and not strict and not limited:
             return None
         text = None
-        strict_calls = call_grammar(request.tools) if strict and may_call else None
+        strict_call = self._follow_calls(request.tools) if strict and may_call else None
         if request.forced_tools:
             text = self._follow_calls([tool for tool in request.tools if tool.name in request.forced_tools])
         elif request.schema is not None:
@@ -67,7 +67,7 @@ class Guides:
                 end_tokens=sorted(self._tokenizer.eos_token_ids),
                 budget=budget,
                 text=text,
-                call=(lambda: self.follow(strict_calls) if strict_calls else None) if may_call else None,
+                call=(lambda: strict_call.copy() if strict_call is not None else None) if may_call else None,
                 lead=lead,
                 may_think=thinks and request.thinking is not False,
                 is_thinking=pieces is not None and pieces[0] == "reasoning",

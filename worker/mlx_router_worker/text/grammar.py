@@ -51,8 +51,7 @@ class Grammars:
         self.closers = self._single_tokens(*_CLOSERS)
         self.openers = self._single_tokens(*_OPENERS)
         texts = {token: self.tokenizer.decode_bytes([token]) for token in range(self.size)}
-        self.number_tokens = np.array([texts[token][:1] != b"" and texts[token][0] in _NUMBER_BYTES
-                                       for token in range(self.size)], dtype=np.bool_)  # fmt: skip
+        self.number_tokens = np.array([bool(text) and text[0] in _NUMBER_BYTES for text in texts.values()])
         brackets = [token for token, text in texts.items() if len(text) > 1 and set(text) <= _BRACKETS]
         self.longest_closers = sorted(brackets, key=lambda token: -len(texts[token])) + self.closers
         self._string_ends = [token for token, text in texts.items()
