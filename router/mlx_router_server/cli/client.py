@@ -334,6 +334,7 @@ class Client:
             return False
         finally:
             connection.close()
+        self._answers = True
         self._host = address  # a name may stand for several addresses, with another program at each
         return hmac.compare_digest(proof, local_proof(key_digest(key), challenge, address, self._port))
 
