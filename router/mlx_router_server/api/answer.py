@@ -39,7 +39,7 @@ from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFou
 from mlx_router_shared.generation import Event, Failure, Finish, Started, error_of
 from mlx_router_shared.generation import Request as CanonicalRequest
 
-__all__ = ["Answer", "AnswerStyle", "admit", "answer", "ignored_header", "load_only", "ignored_headers"]
+__all__ = ["Answer", "AnswerStyle", "admit", "answer", "ignored_headers", "load_only", "refuse_ignored"]
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +91,6 @@ def refuse_ignored(server: Server, ignored: tuple[str, ...]) -> None:
 def ignored_headers(server: Server, ignored: tuple[str, ...]) -> dict[str, str]:
     """Return the header ``X-Ignored-Fields``; raise ``InvalidRequest`` if ``strict`` is set."""
     refuse_ignored(server, ignored)
-    return ignored_header(ignored)
-
-
-def ignored_header(ignored: tuple[str, ...]) -> dict[str, str]:
-    """The header that names the fields which change nothing."""
     return {"x-ignored-fields": shown_in_header(ignored)} if ignored else {}
 
 

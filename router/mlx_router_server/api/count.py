@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from starlette.requests import Request
 
-from mlx_router_server.api.answer import admit, ignored_header
+from mlx_router_server.api.answer import admit, ignored_headers
 from mlx_router_server.api.disconnect import unless_client_leaves
 from mlx_router_server.api.server import server_of
 from mlx_router_server.dialects.call import Call
@@ -32,4 +32,4 @@ async def count_tokens(request: Request, call: Call) -> CountedPrompt:
         entry.files.engine, CountRequest(path=str(entry.path.absolute()), request=asked)
     )
     counted = await unless_client_leaves(request.receive, counting)
-    return CountedPrompt(counted.tokens, counted.text, ignored_header(call.ignored))
+    return CountedPrompt(counted.tokens, counted.text, ignored_headers(server_of(request), call.ignored))

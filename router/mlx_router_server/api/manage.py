@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from mlx_router_server.api.answer import ignored_headers
+from mlx_router_server.api.answer import ignored_headers, refuse_ignored
 from mlx_router_server.api.body import body_parts, parse_body
 from mlx_router_server.api.disconnect import ClientLeft, unless_client_leaves
 from mlx_router_server.api.errors import error_response
@@ -235,7 +235,7 @@ def _name(text: str, complaint: str) -> ModelName:
 
 async def push(request: Request) -> Response:
     asked, ignored = await parse_body(request, parse_push)
-    ignored_headers(server_of(request), ignored)
+    refuse_ignored(server_of(request), ignored)
     parse_name(asked)
     raise UnsupportedCapability(
         "this server does not push models: `hf upload` puts a folder on the Hugging Face hub", param="model"
