@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import http.client
 import json
 import threading
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -224,9 +227,19 @@ def test_what_cannot_be_served_is_refused_before_it_costs_anything(
 
 @pytest.mark.parametrize("path", ["/admin/events", "/admin/logs/stream"])
 def test_head_of_an_endless_answer_ends(demo_router: RouterProcess, path: str) -> None:
-    reply = call(demo_router, "HEAD", path)
-    assert (reply.status, reply.body) == (200, b"")
-    assert reply.headers["content-type"].startswith("text/event-stream")
+    """The next request on the connection is answered."""
+    parts = urlsplit(demo_router.url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=5)
+    with closing(connection):
+        connection.request("HEAD", path)
+        reply = connection.getresponse()
+        assert (reply.status, reply.read()) == (200, b"")
+        assert (reply.getheader("content-type") or "").startswith("text/event-stream")
+        sock = connection.sock
+        assert sock is not None, "the connection stays open"
+        connection.request("GET", "/api/version")
+        assert connection.getresponse().read().startswith(b"{")
+        assert connection.sock is sock
 
 
 def test_routes_that_manage_models_name_what_they_ignore(home: Path) -> None:
