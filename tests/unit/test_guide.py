@@ -220,6 +220,11 @@ _ANSWERS: list[tuple[dict[str, Any], str]] = [
      "{" + ", ".join(f'"p{n}": "word {n}"' for n in range(40)) + "}"),
     ({"size": {"type": "integer"}, **{f"p{n}": {"type": "array", "items": {"type": "integer"}} for n in range(30)}},
      '{"size": 12' + "".join(f', "p{n}": [{n}, 0]' for n in range(30)) + "}"),
+    # The way out is long while there is room for little more than it.
+    ({f"p{n}": {"type": "string"} for n in range(40)},
+     '{"p0":"ab"' + "".join(f',"p{n}":""' for n in range(1, 40)) + "}"),
+    ({f"p{n}": {"type": "integer"} for n in range(40)},
+     '{"p0":12' + "".join(f',"p{n}":{n % 10}' for n in range(1, 40)) + "}"),
     ({"n": {"type": "integer"}}, '{"n": ' + str(2**4000) + "}"),
 ]  # fmt: skip
 
