@@ -35,6 +35,7 @@ from mlx_router_server.telemetry.logs import LogRing, configure_logs
 from mlx_router_server.telemetry.metrics import Metrics
 from mlx_router_server.workers.memory import default_budget, read_memory, wired_limit
 from mlx_router_server.workers.plan import SupervisorOptions
+from mlx_router_server.workers.source import SourceKind
 from mlx_router_server.workers.supervisor import Supervisor
 
 __all__ = ["create_app", "create_app_from_environment", "reload"]
@@ -233,6 +234,7 @@ def _options(settings: Settings, home: Path | None) -> SupervisorOptions:
             cancel_at_drain_limit=settings.drain_policy == "cancel",
             restore_on_failure=settings.restore_on_failure,
         ),
+        worker_source=SourceKind(settings.worker_source),
         standby_workers=settings.standby_workers,
         load_timeout_seconds=settings.load_timeout_seconds,
         warm_up_timeout_seconds=settings.warm_up_timeout_seconds,

@@ -154,7 +154,16 @@ class Settings:
         kinds.integer,
         "How many requests a model that was loaded while others wait serves before they get its room.",
     )
-    standby_workers: int = _setting(1, kinds.integer, "Idle worker processes kept ready, so that a load is quick.")
+    worker_source: str = _setting(
+        "auto", kinds.one_of("auto", "fork", "standby", "spawn"),
+        "How workers are obtained: forked from a process that has done the imports (Linux), taken from idle ones, or "
+        "started for each load; auto: fork on Linux, standby elsewhere.",
+    )  # fmt: skip
+    standby_workers: int = _setting(
+        1, kinds.integer,
+        "Idle worker processes to keep with worker_source standby, more while loads follow each other closely; 0: auto "
+        "and standby start one for each load.",
+    )  # fmt: skip
     load_timeout_seconds: float = _setting(
         600.0, kinds.seconds, "Longest time for loading a model; 0 is no limit.", unit="seconds",
         ollama="OLLAMA_LOAD_TIMEOUT",

@@ -12,18 +12,22 @@ import msgpack
 import msgspec
 
 from mlx_router_shared.errors import ProtocolError
+from mlx_router_shared.forking import FromForkServer, ToForkServer
 from mlx_router_shared.jobs import Job, JobEvent
 from mlx_router_shared.protocol import Bootstrap, FromWorker, ToWorker
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
     "decode_bootstrap",
+    "decode_from_fork_server",
     "decode_from_worker",
     "decode_job",
     "decode_job_event",
+    "decode_to_fork_server",
     "decode_to_worker",
     "encode",
     "encode_bootstrap",
+    "encode_forking",
     "encode_job",
     "encode_job_event",
 ]
@@ -61,6 +65,22 @@ def _decode(data: bytes, kind: Any) -> Any:
     except (msgspec.ValidationError, msgpack.UnpackException, ValueError, TypeError, RecursionError) as error:
         dump = data[:_DUMP_BYTES].hex() + ("…" if len(data) > _DUMP_BYTES else "")
         raise ProtocolError(f"not a message of this protocol: {error} ({len(data)} bytes: {dump})") from None
+
+
+def encode_forking(message: ToForkServer | FromForkServer) -> bytes:
+    """Return the bytes of a message to or from a fork server."""
+    data: bytes = msgpack.packb(msgspec.to_builtins(message))
+    return data
+
+
+def decode_to_fork_server(data: bytes) -> ToForkServer:
+    """Return a message from the router; raises ``ProtocolError``."""
+    return _decode(data, ToForkServer)  # type: ignore[no-any-return]  # msgspec types unions as Any
+
+
+def decode_from_fork_server(data: bytes) -> FromForkServer:
+    """Return a message from a fork server; raises ``ProtocolError``."""
+    return _decode(data, FromForkServer)  # type: ignore[no-any-return]  # msgspec types unions as Any
 
 
 def encode_bootstrap(bootstrap: Bootstrap) -> bytes:

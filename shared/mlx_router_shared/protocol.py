@@ -48,6 +48,8 @@ class Bootstrap(Struct, frozen=True, kw_only=True):
     engine: str
     """The engine kind to import before saying hello: ``mlx``, ``embed``, ``encode``, ``rerank``, ``vlm``, ``tokenizer``
     or ``fake``."""
+    background: bool = False
+    """Import at a low CPU priority: no request waits for this worker yet."""
 
 
 def events_identity(worker_id: str) -> str:

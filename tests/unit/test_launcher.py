@@ -18,9 +18,9 @@ KeyError: 'weights'
 
 
 class _Process:
-    """As much of ``asyncio.subprocess.Process`` as is used."""
+    """As much of ``ChildProcess`` as is used."""
 
-    pid, returncode, stdin = 1, 0, None
+    pid, alive = 1, False
 
     def __init__(self, text: str) -> None:
         self.stderr = asyncio.StreamReader()
@@ -29,6 +29,9 @@ class _Process:
 
     async def wait(self) -> int:
         return 0
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize(

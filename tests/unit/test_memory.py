@@ -113,6 +113,7 @@ class _Leaving:
     """A worker of 300 MB that leaves when it is told to."""
 
     pid = 1
+    memory_bytes = 300 * 10**6
 
     def __init__(self) -> None:
         self.exited = asyncio.Event()
@@ -131,7 +132,6 @@ def test_what_other_workers_take_meanwhile_is_not_held_against_the_one_that_leav
     worker = _Leaving()
     megabytes = 10**6
     monkeypatch.setattr(reclaim_module, "machine_used_bytes", lambda: 1000 * megabytes)
-    monkeypatch.setattr(reclaim_module, "process_bytes", lambda pid: 300 * megabytes)
     monkeypatch.setattr(reclaim_module, "_BACK_SECONDS", 0.05)
 
     def others() -> int:

@@ -14,34 +14,24 @@ import signal
 import sys
 import threading
 import time
-from importlib import import_module
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from queue import SimpleQueue
-from typing import Any, cast
 
 import zmq
 
 from mlx_router_shared.codec import decode_bootstrap
 from mlx_router_shared.errors import ProtocolError
 from mlx_router_shared.protocol import PROTOCOL_VERSION, Hello, Shutdown, ToWorker
-from mlx_router_worker.engine import Engine
-from mlx_router_worker.file_limit import kept_file_limit
+from mlx_router_worker.engine_imports import ENGINE_KINDS, import_engine
 from mlx_router_worker.link import Link, Outlet, Progress
 from mlx_router_worker.loop import ComputeLoop
+from mlx_router_worker.priority import at_low_priority
 
-__all__ = ["main"]
+__all__ = ["ignore_terminal_interrupts", "main"]
 
 log = logging.getLogger(__name__)
 
-_ENGINES = {
-    "mlx": ("mlx_router_worker.mlx_engine", "MlxEngine"),
-    "embed": ("mlx_router_worker.mlx_embedding", "EmbeddingEngine"),
-    "encode": ("mlx_router_worker.vlm_encoders", "EncoderEngine"),
-    "rerank": ("mlx_router_worker.vlm_encoders", "RerankEngine"),
-    "vlm": ("mlx_router_worker.vlm_engine", "VisionEngine"),
-    "tokenizer": ("mlx_router_worker.tokenizer_engine", "TokenizerEngine"),
-    "fake": ("mlx_router_worker.fake_engine", "FakeEngine"),
-}
 _EXIT_USAGE = 2
 _EXIT_ORPHANED = 6
 _ORPHAN_GRACE_SECONDS = 1.0
@@ -51,12 +41,12 @@ def main() -> None:
     """Run a worker for the router at the other end of standard input; the process ends here."""
     began = time.monotonic()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    # A terminal's ctrl-C is for the router, which then ends its workers in order.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_terminal_interrupts()
     try:
         bootstrap = decode_bootstrap(sys.stdin.buffer.readline(65536))
-        module, name = _ENGINES[bootstrap.engine]
-    except (ProtocolError, KeyError) as error:
+        if bootstrap.engine not in ENGINE_KINDS:
+            raise ProtocolError(f"unknown engine kind {bootstrap.engine!r}")
+    except ProtocolError as error:
         print(f"mlx_router_worker is started by mlx-router, not by hand ({error})", file=sys.stderr)
         sys.exit(_EXIT_USAGE)
     inbox: SimpleQueue[ToWorker] = SimpleQueue()
@@ -64,10 +54,9 @@ def main() -> None:
     progress = Progress()
     context = zmq.Context()
     outlet = Outlet(context, bootstrap.endpoint, bootstrap.worker_id)
-    # Only the engine that is wanted is imported: the fake one must not cost a second of mlx.
-    with kept_file_limit():
-        imported = import_module(module)
-    engine = cast(Engine, cast(Any, imported).__dict__[name](outlet.send_bytes))
+    load_class = partial(import_engine, bootstrap.engine)
+    engine_class = at_low_priority(load_class) if bootstrap.background else load_class()
+    engine = engine_class(outlet.send_bytes)
     # What the imports left behind stays for the life of the process; looked through once, and then never again.
     gc.collect()
     gc.freeze()
@@ -91,6 +80,11 @@ def main() -> None:
     logging.shutdown()
     sys.stderr.flush()
     os._exit(status)
+
+
+def ignore_terminal_interrupts() -> None:
+    """A terminal's ctrl-C is for the router, which then ends its workers in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _terminate(link: Link, inbox: SimpleQueue[ToWorker]) -> None:
@@ -120,6 +114,7 @@ def _watch_parent(inbox: SimpleQueue[ToWorker], pipe: int) -> None:
     os._exit(_EXIT_ORPHANED)
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for package in ("mlx", "mlx-lm", "mlx-router-server"):

@@ -75,6 +75,7 @@ async def status(request: Request) -> Response:
     server = server_of(request)
     await server.catalogue.wait_ready()
     supervisor = server.supervisor
+    source = supervisor.source
     views = {view.name: view for view in server.views()}
     entries = server.catalogue.entries()
     models = [_model(server, views.get(entry.runner), entry.name.display) for entry in entries]
@@ -92,7 +93,13 @@ async def status(request: Request) -> Response:
         "memory": _memory(supervisor.memory),
         "waiting": supervisor.waiting,
         "queue": [_waiter(waiter) for waiter in supervisor.queue()],
-        "standby_pids": supervisor.standby_pids,
+        "standby_pids": source.standby_pids,
+        "worker_source": {
+            "kind": source.kind.value,
+            "reason": source.reason,
+            "fork_server_pid": source.fork_server_pid,
+            "fork_server_ready": source.fork_server_ready,
+        },
         "kill_incidents": supervisor.kill_incidents,
         "stranded_incidents": supervisor.stranded_incidents,
         "downloads": []

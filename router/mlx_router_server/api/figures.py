@@ -103,7 +103,7 @@ def _router_figures(server: Server) -> RouterFigures:
         reserved_bytes=supervisor.reserved_bytes,
         available_bytes=reading.available_bytes if reading is not None else 0,
         total_bytes=reading.total_bytes if reading is not None else 0,
-        standby_workers=len(supervisor.standby_pids),
+        standby_workers=len(supervisor.source.standby_pids),
         models=[
             ModelFigures(
                 name=view.name, state=view.state, leases=view.in_flight, waiting=view.queued,

@@ -50,6 +50,11 @@ _OWN_FILES: Final = 512  # of the router and its workers, beside connections
 _LEAST_FREE: Final = 5 * 10**9
 _HUB_SECONDS: Final = 5.0
 _TRIAL_SECONDS: Final = 120.0
+_SOURCES: Final = {
+    "fork": "workers are forked from a process that has done the imports",
+    "standby": "idle workers wait for models",
+    "spawn": "a worker is started for each load",
+}
 _DEVICE: Final = (
     "import json, mlx.core as mx; i = mx.device_info(); "
     "print(json.dumps({'device': str(mx.default_device()), 'name': i.get('device_name', ''), "
@@ -261,13 +266,14 @@ def _leftovers(settings: Settings) -> Iterator[Finding]:
 
 
 def _trial(settings: Settings) -> Iterator[Finding]:
-    """A router on a free port with a home of its own loads the demo model and is asked."""
+    """A router on a free port with a home of its own loads the demo model, is asked, and loads it once more."""
     began = time.monotonic()
     with _unwound_by_signals(), tempfile.TemporaryDirectory(prefix="mlxr-doctor-") as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS)}
         environment |= {"MLX_ROUTER_HOME": folder, "HF_HOME": folder}
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mlx_router_server", "start", "--port", "0"],
+            [sys.executable, "-P", "-m", "mlx_router_server", "start", "--port", "0",
+             "--worker-source", settings.worker_source, "--standby-workers", str(settings.standby_workers)],
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, text=True,
         )  # fmt: skip
         watchdog = _kill_later(process)
@@ -283,10 +289,11 @@ def _trial(settings: Settings) -> Iterator[Finding]:
             took = time.monotonic() - began
             if not answer.get("response"):
                 raise NoRouter("the demo model answered nothing")
-            finding = Finding(level=_OK, about="trial", text=f"the demo model was loaded and answered in {took:.1f} s")
+            text = f"the demo model was loaded and answered in {took:.1f} s"
+            findings = [Finding(level=_OK, about="trial", text=text), _worker_source(Client(url))]
         except (NoRouter, ApiError) as error:
-            finding = Finding(level=_PROBLEM, about="trial", text=f"the demo model did not answer: {error}",
-                              fix="Its log says more: mlx-router start --port 0 --log-level debug")  # fmt: skip
+            findings = [Finding(level=_PROBLEM, about="trial", text=f"the demo model did not answer: {error}",
+                                fix="Its log says more: mlx-router start --port 0 --log-level debug")]  # fmt: skip
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -297,7 +304,22 @@ def _trial(settings: Settings) -> Iterator[Finding]:
             watchdog.cancel()
             assert process.stderr is not None
             process.stderr.close()
-    yield finding
+    yield from findings
+
+
+def _worker_source(client: Client) -> Finding:
+    """Have a router that has had the time to prepare for it load a model."""
+    client.post("/admin/models/demo/unload")
+    began = time.monotonic()
+    client.post("/admin/models/demo/load")
+    seconds = time.monotonic() - began
+    source = client.get("/admin/status")["router"]["worker_source"]
+    how = f"{_SOURCES[source['kind']]}; the demo model was loaded again in {seconds * 1000:.0f} ms"
+    if not source["reason"]:
+        return Finding(level=_OK, about="worker source", text=how)
+    text = f"{how}. The fork server cannot be used: {source['reason']}"
+    return Finding(level=_WARNING, about="worker source", text=text,
+                   fix='Set worker_source = "standby" to start without it.')  # fmt: skip
 
 
 @contextmanager

@@ -16,7 +16,7 @@ class State(StrEnum):
     QUEUED = "queued"
     """It is wanted and there is no room yet."""
     STARTING = "starting"
-    """Room is reserved; a worker process is being started or taken from standby."""
+    """Memory is reserved; a worker process is being obtained."""
     LOADING = "loading"
     """The worker reads the weights and warms up."""
     READY = "ready"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Final
 
 from mlx_router_server.workers.handle import WorkerHandle, WorkerLeft
+from mlx_router_server.workers.source import WorkerSource
 from mlx_router_shared.errors import EngineFailed, Overloaded, ShuttingDown
 from mlx_router_shared.generation import Counted, CountRequest, Failure, error_of
 
@@ -16,18 +16,17 @@ __all__ = ["TokenCounter"]
 
 log = logging.getLogger(__name__)
 
-_HELLO_SECONDS: Final = 120.0
 _IDLE_SECONDS: Final = 300.0
 _STOP_SECONDS: Final = 2.0
 _MOST_OPEN: Final = 256
 
 
 class TokenCounter:
-    """Owns its process; ``count`` any number at once. ``start`` makes a worker of an engine kind."""
+    """Owns its process; ``count`` any number at once. Gets its worker from ``source``."""
 
-    def __init__(self, engine: str, start: Callable[[str], Awaitable[WorkerHandle]]) -> None:
+    def __init__(self, engine: str, source: WorkerSource) -> None:
         self._engine = engine
-        self._start = start
+        self._source = source
         self._worker: WorkerHandle | None = None
         self._starting = asyncio.Lock()
         self._open = 0
@@ -75,13 +74,8 @@ class TokenCounter:
             return self._worker
 
     async def _greeted(self) -> WorkerHandle:
-        """A new one that can be spoken to. One that was given up on the way, by whoever asked for it, is ended."""
-        worker = await self._start(self._engine)
-        try:
-            await worker.wait_hello(_HELLO_SECONDS)
-        except BaseException:
-            self._end(worker, "it did not say hello")
-            raise
+        """Return a new worker that has said hello."""
+        worker = (await self._source.take(self._engine)).worker
         log.info("event=counter_ready worker=%s pid=%d", worker.worker_id, worker.pid)
         return worker
 

@@ -17,6 +17,7 @@ from typing import Final, assert_never
 from mlx_router_server.workers.launcher import WorkerProcess
 from mlx_router_server.workers.link import WorkerLink
 from mlx_router_server.workers.liveness import Liveness
+from mlx_router_server.workers.memory import process_bytes, shared_bytes
 from mlx_router_shared.errors import (
     ErrorCode,
     InvalidRequest,
@@ -116,9 +117,16 @@ async def _until(event: asyncio.Event, end: float) -> None:
 class WorkerHandle:
     """Created when the process exists; ``exited`` is set when it is reaped."""
 
-    def __init__(self, worker_id: str, engine: str, process: WorkerProcess, link: WorkerLink, token: str) -> None:
+    def __init__(
+        self, worker_id: str, engine: str, process: WorkerProcess, link: WorkerLink, token: str, *,
+        is_forked: bool = False,
+    ) -> None:  # fmt: skip
         self.worker_id = worker_id
         self.engine = engine
+        self.is_forked = is_forked
+        """Whether a fork server has forked it: it shares memory with that and with its siblings."""
+        self.shared_bytes = 0
+        """Memory of it that is not freed by its end, because others use it too."""
         self.process = process
         self.started_at = time.monotonic()
         self.hello: Hello | None = None
@@ -158,6 +166,16 @@ class WorkerHandle:
         return self.process.pid
 
     @property
+    def memory_bytes(self) -> int:
+        """Bytes that its end would free; 0 when it is gone."""
+        return max(process_bytes(self.pid) - self.shared_bytes, 0)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether its end was requested."""
+        return self._is_stopping
+
+    @property
     def open_requests(self) -> int:
         """Somebody still reads these, or could."""
         return len(self._inboxes)
@@ -173,11 +191,17 @@ class WorkerHandle:
 
     # ----------------------------------------------------------------- handshake and load
 
-    async def wait_hello(self, limit_seconds: float) -> Hello:
-        """Wait for the worker's Hello. Raises ``WorkerDied``, or ``LoadFailed`` at the limit or without progress."""
-        await self._wait_until(lambda: self.hello is not None, limit_seconds, "did not say hello")
+    async def wait_hello(self, limit_seconds: float, still_seconds: float = _STILL_SECONDS) -> Hello:
+        """Wait for the worker's Hello. Raises ``WorkerDied``, or ``LoadFailed`` at the limit or after ``still_seconds``
+        without progress."""
+        await self._wait_until(lambda: self.hello is not None, limit_seconds, "did not say hello", still_seconds)
         assert self.hello is not None
         return self.hello
+
+    def measure_shared(self) -> None:
+        """Read how much of its memory is shared; walks all of its pages, so call it in a thread."""
+        if self.is_forked:
+            self.shared_bytes = shared_bytes(self.pid)
 
     async def load(self, load: Load, limit_seconds: float) -> ModelFacts:
         """Have it load a model. Raises ``LoadFailed``, ``WorkerDied`` or what the worker's code names."""
@@ -193,7 +217,9 @@ class WorkerHandle:
         self.stage = ""
         return self.facts
 
-    async def _wait_until(self, done: Callable[[], bool], limit_seconds: float, what: str) -> None:
+    async def _wait_until(
+        self, done: Callable[[], bool], limit_seconds: float, what: str, most_still: float = _STILL_SECONDS
+    ) -> None:
         end = time.monotonic() + (limit_seconds or math.inf)
         liveness = Liveness(self.pid)
         while not done():
@@ -203,10 +229,10 @@ class WorkerHandle:
                 raise WorkerDied(self.exit_reason)
             if time.monotonic() >= end:
                 raise LoadFailed(f"its worker process {what} within {limit_seconds:g} s")
-            if liveness.still_seconds() > _STILL_SECONDS:
-                raise LoadFailed(f"its worker process {what}, and made no progress for {_STILL_SECONDS:g} s")
+            if liveness.still_seconds() > most_still:
+                raise LoadFailed(f"its worker process {what}, and made no progress for {most_still:g} s")
             self._changed.clear()
-            await _until(self._changed, min(end, time.monotonic() + _POLL_SECONDS))
+            await _until(self._changed, min(end, time.monotonic() + min(_POLL_SECONDS, most_still / 4)))
             if self._changed.is_set():
                 liveness.note()
             elif self.hello is not None:
@@ -327,15 +353,18 @@ class WorkerHandle:
         for waiter in self._stats_waiters:
             waiter.cancel()
 
-    async def _hear_last_word(self, status: int) -> None:
+    async def _hear_last_word(self, status: int | None) -> None:
         """An orderly end is announced, and the announcement may still be on its way when the exit is already known."""
         # Of one that was serving, status 1 is an exception that nobody caught: there is no word of that.
         loading = self.facts is None
-        announced = {0: lambda: self._bye_at is not None,
-                     1: lambda: self._load_error is not None or not loading}.get(status)  # fmt: skip
+        awaited = {0: (True, False), 1: (False, loading), None: (True, loading)}.get(status, (False, False))
+
+        def is_announced() -> bool:
+            return (awaited[0] and self._bye_at is not None) or (awaited[1] and self._load_error is not None)
+
         try:
             async with asyncio.timeout(_LAST_WORD_SECONDS):
-                while announced is not None and not announced():
+                while any(awaited) and not is_announced():
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:

@@ -1,7 +1,7 @@
-"""Starts worker processes and owns their pipes.
+"""Start worker processes and own their pipes.
 
 A worker gets its own session (so its own process group), a minimal environment, and on standard input the one line
-that tells it whom to call and by which token. The pipe stays open for as long as the router lives.
+that names the endpoint and its token. The pipe stays open for as long as the router lives.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import signal
 import sys
 from collections import deque
 from contextlib import suppress
-from typing import Final
+from typing import Final, Protocol
 
 from mlx_router_shared.codec import encode_bootstrap
 from mlx_router_shared.protocol import Bootstrap
 
-__all__ = ["WorkerProcess", "launch", "worker_environment"]
+__all__ = ["ChildProcess", "WorkerProcess", "launch", "spawn", "worker_environment"]
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +69,32 @@ def worker_environment(environment: dict[str, str]) -> dict[str, str]:
     return kept
 
 
+class ChildProcess(Protocol):
+    """A process that was started for the router; spawned by it, or forked by its fork server."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def stderr(self) -> asyncio.StreamReader: ...
+
+    async def wait(self) -> int | None:
+        """Return the exit status once the process has ended; negative numbers are signals, None is not known."""
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """Send a signal to the process and everything it started."""
+
+    def close(self) -> None:
+        """Close our end of its standard input."""
+
+
 class WorkerProcess:
     """A running worker: its pid, its end, and the last lines it wrote to standard error."""
 
-    def __init__(self, worker_id: str, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, worker_id: str, process: ChildProcess) -> None:
         self.worker_id = worker_id
         self.label = worker_id
         """What its lines in the log are marked with; the model's name once it has one."""
@@ -87,32 +109,29 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
-        return self._process.returncode is None
+        return self._process.alive
 
     @property
     def stderr_tail(self) -> list[str]:
         return list(self._tail)
 
-    async def wait(self) -> int:
-        """The exit status once the process is reaped; negative numbers are signals."""
+    async def wait(self) -> int | None:
+        """Return the exit status once the process has ended; negative numbers are signals, None is not known."""
         status = await self._process.wait()
         # Its last words are wanted, but a grandchild that holds the pipe open must not hold us.
         await asyncio.wait([self._relay], timeout=_LAST_WORDS_SECONDS)
         self._relay.cancel()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        self._process.close()
         return status
 
     def signal_group(self, number: signal.Signals) -> None:
         """Send a signal to the worker and everything it started."""
-        if self.alive:
-            try:
-                os.killpg(self.pid, number)
-            except (ProcessLookupError, PermissionError):
-                pass  # it ended in this very moment; of a group of zombies, macOS says that it is not allowed
+        self._process.signal_group(number)
 
-    def describe_exit(self, status: int) -> str:
-        """One human sentence about an end that nobody asked for."""
+    def describe_exit(self, status: int | None) -> str:
+        """Return a sentence about an end that was not requested."""
+        if status is None:
+            return "its worker process has ended; its exit status is not known"
         if status < 0:
             try:
                 how = f"was ended by signal {signal.Signals(-status).name}"
@@ -142,7 +161,6 @@ class WorkerProcess:
 
     async def _relay_stderr(self) -> None:
         stream = self._process.stderr
-        assert stream is not None
         while True:
             try:
                 line = await stream.readline()
@@ -156,20 +174,64 @@ class WorkerProcess:
             self._log_line(text)
 
 
-async def launch(bootstrap: Bootstrap) -> WorkerProcess:
-    """Start a worker; returns as soon as the process exists. Raises ``OSError`` when it cannot be started."""
+class _SpawnedProcess:
+    """A ``ChildProcess`` that asyncio has started."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
+
+    @property
+    def stderr(self) -> asyncio.StreamReader:
+        assert self._process.stderr is not None
+        return self._process.stderr
+
+    async def wait(self) -> int:
+        return await self._process.wait()
+
+    def signal_group(self, number: signal.Signals) -> None:
+        if self.alive:
+            try:
+                os.killpg(self.pid, number)
+            except (ProcessLookupError, PermissionError):
+                pass  # it ended in this very moment; of a group of zombies, macOS says that it is not allowed
+
+    def write(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        with suppress(OSError, RuntimeError):  # it has ended, as its exit status will say; uvloop raises the second
+            self._process.stdin.write(data)
+
+    def close(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+
+async def spawn(module: str, *arguments: str, stdin: int = asyncio.subprocess.PIPE) -> _SpawnedProcess:
+    """Start ``python -m module`` as workers are started. Raises ``OSError`` when it cannot be started."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-P",  # a queue.py in the user's folder must not be imported instead of the standard one
         "-m",
-        "mlx_router_worker",
-        stdin=asyncio.subprocess.PIPE,
+        module,
+        *arguments,
+        stdin=stdin,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
         env=worker_environment(dict(os.environ)),
         start_new_session=True,
     )
-    assert process.stdin is not None
-    with suppress(OSError, RuntimeError):  # it was ended already, as its exit status will say; uvloop has the second
-        process.stdin.write(encode_bootstrap(bootstrap))
+    return _SpawnedProcess(process)
+
+
+async def launch(bootstrap: Bootstrap) -> WorkerProcess:
+    """Start a worker; returns as soon as the process exists. Raises ``OSError`` when it cannot be started."""
+    process = await spawn("mlx_router_worker")
+    process.write(encode_bootstrap(bootstrap))
     return WorkerProcess(bootstrap.worker_id, process)

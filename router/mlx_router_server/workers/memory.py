@@ -17,7 +17,15 @@ import psutil
 from mlx_router_server.lifecycle.memory import MemoryReading, Pressure
 from mlx_router_server.workers.cgroup import read_cgroup_memory
 
-__all__ = ["default_budget", "judge_pressure", "machine_used_bytes", "process_bytes", "read_memory", "wired_limit"]
+__all__ = [
+    "default_budget",
+    "judge_pressure",
+    "machine_used_bytes",
+    "process_bytes",
+    "read_memory",
+    "shared_bytes",
+    "wired_limit",
+]
 
 _KB: Final = 1024
 _MAC_SHARE: Final = 0.75  # of all memory, where the device has not told its working set yet
@@ -42,6 +50,20 @@ def process_bytes(pid: int) -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * _KB
     return 0
+
+
+def shared_bytes(pid: int) -> int:
+    """Bytes of ``process_bytes`` that other processes use as well, so that they stay when this one ends (Linux).
+
+    0 when it is gone or may not be read. The kernel walks every page of the process: some milliseconds per gigabyte.
+    """
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    lines = [line.split() for line in text.splitlines()[1:]]  # the first is a header
+    sizes = {name: int(size) for name, size, _unit in lines}
+    return max(sizes.get("Anonymous:", 0) - sizes.get("Private_Dirty:", 0), 0) * _KB
 
 
 @cache

@@ -10,6 +10,7 @@ from mlx_router_server.lifecycle.limits import Limits
 from mlx_router_server.lifecycle.memory import MemoryReading
 from mlx_router_server.lifecycle.spec import ModelSpec
 from mlx_router_server.workers.memory import read_memory
+from mlx_router_server.workers.source import SourceKind
 from mlx_router_shared.protocol import ModelFacts
 
 __all__ = ["Failure", "LoadPlan", "SupervisorOptions", "Wishes", "WorkerView"]
@@ -20,6 +21,7 @@ class SupervisorOptions:
     """What the operator decides; times in seconds."""
 
     limits: Limits
+    worker_source: SourceKind = SourceKind.AUTO
     standby_workers: int = 1
     load_timeout_seconds: float = 600.0
     warm_up_timeout_seconds: float = 60.0

@@ -12,6 +12,7 @@ import os
 import secrets
 from collections.abc import Callable
 
+from mlx_router_server.workers.forking import ForkServer
 from mlx_router_server.workers.handle import WorkerHandle
 from mlx_router_server.workers.launcher import launch
 from mlx_router_server.workers.link import WorkerLink
@@ -30,7 +31,9 @@ class WorkerProcesses:
     def __init__(self, on_hello: Callable[[Hello], None]) -> None:
         """``on_hello`` is called with the first message of each worker."""
         self._on_hello = on_hello
-        self._pids: set[int] = set()
+        self._workers: dict[int, WorkerHandle] = {}
+        self._helpers: set[int] = set()
+        """Pids of fork servers."""
         self._directory: RunDirectory | None = None
         self._link: WorkerLink | None = None
         self._renewing = asyncio.Lock()
@@ -46,22 +49,48 @@ class WorkerProcesses:
         if self._directory is not None:
             self._directory.remove()
 
-    async def start(self, engine: str) -> WorkerHandle:
-        """Start a worker; it has no model yet, and has not said hello. Raises ``OSError`` if it cannot be started."""
+    async def start(
+        self, engine: str, *, fork_server: ForkServer | None = None, background: bool = False
+    ) -> WorkerHandle:
+        """Start a worker, with ``fork_server`` by forking; it has no model yet, and has not said hello.
+
+        ``background`` has it do its imports at a low CPU priority. Raises ``OSError`` or ``ForkUnavailable`` if it
+        cannot be started.
+        """
         assert self._link is not None
         directory = await self._whole_directory(self._link)
         worker_id, token = "p-" + secrets.token_hex(8), secrets.token_urlsafe(24)
-        process = await launch(Bootstrap(endpoint=directory.endpoint, worker_id=worker_id, token=token, engine=engine))
+        bootstrap = Bootstrap(
+            endpoint=directory.endpoint, worker_id=worker_id, token=token, engine=engine, background=background
+        )
+        process = await (launch(bootstrap) if fork_server is None else fork_server.fork(bootstrap))
         directory.note_worker(process.pid)
-        self._pids.add(process.pid)
-        handle = WorkerHandle(worker_id, engine, process, self._link, token)
+        handle = WorkerHandle(
+            worker_id, engine, process, self._link, token, is_forked=fork_server is not None
+        )  # fmt: skip
+        if handle.is_forked:
+            handle.shared_bytes = process_bytes(process.pid)  # it has written to hardly any page yet
+        self._workers[process.pid] = handle
         handle.on_hello = self._on_hello
         handle.on_reaped = self._forget
         return handle
 
     def bytes_of_others(self, pid: int) -> int:
         """The memory in bytes of the router and all of its workers but one."""
-        return sum(process_bytes(other) for other in (os.getpid(), *self._pids) if other != pid)
+        workers = sum(worker.memory_bytes for other, worker in self._workers.items() if other != pid)
+        return workers + sum(process_bytes(other) for other in (os.getpid(), *self._helpers))
+
+    def note_helper(self, pid: int) -> None:
+        """Record a process that is no worker, so that the next router ends it if this one cannot."""
+        self._helpers.add(pid)
+        if self._directory is not None:
+            self._directory.note_worker(pid)
+
+    def forget_helper(self, pid: int) -> None:
+        """It has ended."""
+        self._helpers.discard(pid)
+        if self._directory is not None:
+            self._directory.forget_worker(pid)
 
     async def _whole_directory(self, link: WorkerLink) -> RunDirectory:
         """The run directory, made again if it was removed; workers that are connected stay so."""
@@ -77,13 +106,13 @@ class WorkerProcesses:
             except OSError:
                 new.remove()
                 raise
-            for pid in self._pids:
+            for pid in (*self._workers, *self._helpers):
                 new.note_worker(pid)
             self._directory = new
             directory.remove()
             return new
 
     def _forget(self, pid: int) -> None:
-        self._pids.discard(pid)
+        self._workers.pop(pid, None)
         if self._directory is not None:
             self._directory.forget_worker(pid)

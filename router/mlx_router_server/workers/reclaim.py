@@ -10,7 +10,7 @@ from typing import Final
 
 from mlx_router_server.lifecycle.events import StopWorker
 from mlx_router_server.workers.handle import WorkerHandle
-from mlx_router_server.workers.memory import machine_used_bytes, process_bytes
+from mlx_router_server.workers.memory import machine_used_bytes
 from mlx_router_server.workers.timings import EvictionTimings
 
 __all__ = ["reclaim"]
@@ -30,7 +30,7 @@ async def reclaim(
 
     ``others`` says what the router's other processes hold: what they take or give meanwhile is no matter of this one.
     """
-    held = 0 if handle.exited.is_set() else process_bytes(handle.pid)
+    held = 0 if handle.exited.is_set() else handle.memory_bytes
     used_before = machine_used_bytes() - others()
     report = await handle.stop(effect.reason, limit_seconds, hung=effect.hung)
     began = time.monotonic()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Final
 
 from mlx_router_server.lifecycle.events import (
@@ -25,10 +25,9 @@ from mlx_router_server.lifecycle.spec import Share
 from mlx_router_server.telemetry.events import Happenings
 from mlx_router_server.workers.handle import WorkerHandle
 from mlx_router_server.workers.measured import Measurements
-from mlx_router_server.workers.memory import process_bytes
 from mlx_router_server.workers.plan import Failure, LoadPlan, SupervisorOptions, WorkerView
 from mlx_router_server.workers.reclaim import reclaim
-from mlx_router_server.workers.standby import StandbyPool
+from mlx_router_server.workers.source import Origin, WorkerSource
 from mlx_router_server.workers.timings import EvictionTimings, SwapTimings
 from mlx_router_shared.errors import LoadFailed, MlxRouterError, WorkerDied
 from mlx_router_shared.protocol import Load, Loading, ModelFacts, SetLimits
@@ -37,7 +36,6 @@ __all__ = ["Run"]
 
 log = logging.getLogger(__name__)
 
-_HELLO_SECONDS: Final = 120.0
 _FIRST_TOKEN_SECONDS: Final = 3.0
 _JUST_SECONDS: Final = 0.25
 _TOLD_STEP: Final = 0.05  # of a load, between two words about its progress
@@ -73,14 +71,15 @@ class Run:
         """Set once the cores are free again: a first token is out, or there will be none."""
         self._has_process = asyncio.Event()
         """Set once there is a process, or there will be none."""
+        self._is_stopped = False
 
     # ------------------------------------------------------------------- coming
 
-    async def live(self, standby: StandbyPool, start: Callable[[str], Awaitable[WorkerHandle]]) -> None:
-        """Get a process and have it load. What happens to it afterwards, its exit tells."""
+    async def live(self, source: WorkerSource) -> None:
+        """Get a process and have it load. Its exit reports what happens to it afterwards."""
         worker = self._worker
         try:
-            handle = await self._get_process(standby, start)
+            handle = await self._get_process(source)
             handle.on_exit = lambda: self._post(
                 WorkerExited(worker=worker, error=WorkerDied(handle.exit_reason), was_stopped=handle.was_stopped)
             )
@@ -96,9 +95,8 @@ class Run:
             self._load_seconds = time.monotonic() - began
             # A fake engine declares its memory: its process holds less or more than it plays.
             real = self.plan.engine != "fake"
-            self._loaded_bytes = max(process_bytes(handle.pid), facts.memory_bytes) if real else facts.memory_bytes
+            self._loaded_bytes = max(handle.memory_bytes, facts.memory_bytes) if real else facts.memory_bytes
             self._post(WorkerReady(worker=worker, memory_bytes=self._loaded_bytes, load_seconds=self._load_seconds))
-            self._note_measured(self._loaded_bytes)
             self._tell_loaded()
         except MlxRouterError as error:
             self._post(WorkerFailed(worker=worker, error=error))
@@ -113,28 +111,39 @@ class Run:
             self._has_process.set()
             self.loading = False
         await self._wait_for_first_token()
+        if self._loaded_bytes and self.handle is not None:
+            await self._measure(self.handle)
+
+    async def _measure(self, handle: WorkerHandle) -> None:
+        """Note what the model takes. After its first token, because a request waits for that."""
+        at_hello = handle.shared_bytes
+        await asyncio.to_thread(handle.measure_shared)
+        if self.plan.engine != "fake":
+            self._loaded_bytes += max(at_hello - handle.shared_bytes, 0)
+        self._note_measured(self._loaded_bytes)
 
     async def _wait_for_first_token(self) -> None:
-        """Whoever has waited for the load shall not share the cores with the start of the next standby worker."""
+        """A request that has waited for the load shall not share the cores with the router's own work."""
         try:
             async with asyncio.timeout(_FIRST_TOKEN_SECONDS):
                 await self.settled.wait()
         except TimeoutError:
             self.settled.set()
 
-    async def _get_process(self, standby: StandbyPool, start: Callable[[str], Awaitable[WorkerHandle]]) -> WorkerHandle:
-        began = time.monotonic()
-        handle = await standby.take(self.plan.engine)
-        self.timings.standby = handle is not None
-        if handle is None:
-            handle = self.handle = await start(self.plan.engine)
-            self._has_process.set()
-            hello = await handle.wait_hello(_HELLO_SECONDS)
-            self.timings.import_seconds = hello.import_seconds
-            self.timings.spawn_seconds = max(time.monotonic() - began - hello.import_seconds, 0.0)
+    async def _get_process(self, source: WorkerSource) -> WorkerHandle:
+        supply = await source.take(self.plan.engine, self._on_process)
+        self.timings.source = supply.origin.value
+        self.timings.standby = supply.origin is not Origin.SPAWN
+        self.timings.spawn_seconds = supply.spawn_seconds
+        self.timings.import_seconds = supply.import_seconds
+        return supply.worker
+
+    def _on_process(self, handle: WorkerHandle) -> None:
+        """There is a process, which ``stop`` can end from now on. Raises ``WorkerDied`` if that was called before."""
+        if self._is_stopped:
+            raise WorkerDied("its load was given up")
         self.handle = handle
         self._has_process.set()
-        return handle
 
     def _load_message(self) -> Load:
         plan = self.plan
@@ -173,9 +182,9 @@ class Run:
     def _tell_loaded(self) -> None:
         timings = self.timings
         log.info(
-            "event=loaded model=%r waited=%.3f standby=%s spawn=%.3f import=%.3f weights=%.3f warm_up=%.3f "
+            "event=loaded model=%r waited=%.3f source=%s spawn=%.3f import=%.3f weights=%.3f warm_up=%.3f "
             "ready_seen=%.4f evicted=%d yielded=%s",
-            timings.model, timings.waited_seconds, timings.standby, timings.spawn_seconds, timings.import_seconds,
+            timings.model, timings.waited_seconds, timings.source, timings.spawn_seconds, timings.import_seconds,
             timings.weights_seconds, timings.warm_up_seconds, timings.ready_seen_seconds, len(timings.evictions),
             timings.yielded,
         )  # fmt: skip
@@ -189,7 +198,7 @@ class Run:
             return None
         stats = handle.stats
         # The process as the system sees it, or what its engine says (on Metal either may be the larger).
-        measured = max(process_bytes(handle.pid), stats.memory_bytes if stats else 0)
+        measured = max(handle.memory_bytes, stats.memory_bytes if stats else 0)
         return WorkerView(
             pid=handle.pid,
             stage=handle.stage,
@@ -221,7 +230,7 @@ class Run:
     def is_answering(self, now: float) -> bool:
         """Whether it computes for somebody, or has just done so."""
         handle = self.handle
-        if handle is None or self.loading:
+        if handle is None or self.loading or self._is_stopped:
             return False
         return bool(handle.unfinished_requests) or now - handle.progress_at < _JUST_SECONDS
 
@@ -245,6 +254,7 @@ class Run:
         """End the worker and see its memory back; the reservation is held until this returns."""
         self.settled.set()
         await self._has_process.wait()
+        self._is_stopped = True
         if self.handle is None:
             return None
         pid = self.handle.pid

@@ -99,7 +99,7 @@ def _end_leftover(note: Path) -> None:
     try:
         process = psutil.Process(int(note.name.removeprefix(_WORKER)))
         same = abs(process.create_time() - float(note.read_text(encoding="ascii"))) < _SAME_SECONDS
-        if same and "mlx_router_worker" in process.cmdline():
+        if same and any(part.partition(".")[0] == "mlx_router_worker" for part in process.cmdline()):
             log.warning("event=leftover_ended pid=%d", process.pid)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(_GONE_SECONDS)

@@ -58,7 +58,7 @@ from mlx_router_server.workers.memory import wired_limit
 from mlx_router_server.workers.plan import Failure, LoadPlan, SupervisorOptions, Wishes, WorkerView
 from mlx_router_server.workers.processes import WorkerProcesses
 from mlx_router_server.workers.run import Run
-from mlx_router_server.workers.standby import StandbyPool
+from mlx_router_server.workers.source import SourceView, WorkerSource
 from mlx_router_server.workers.timings import EvictionTimings, SwapTimings
 from mlx_router_server.workers.watching import watch_memory, watch_progress
 from mlx_router_shared.errors import ShuttingDown
@@ -112,11 +112,11 @@ class Supervisor:
         self._processes = WorkerProcesses(self._learn_budget)
         self._owner: asyncio.Task[None] | None = None
         self._watchers: list[asyncio.Task[None]] = []
-        self._standby = StandbyPool(options.standby_workers, self._processes.start)
-        self._counters = {kind: TokenCounter(kind, self._processes.start) for kind in ("tokenizer", "fake")}
+        self._source = WorkerSource(options.worker_source, options.standby_workers, self._processes)
+        self._counters = {kind: TokenCounter(kind, self._source) for kind in ("tokenizer", "fake")}
 
     async def start(self) -> None:
-        """Bind the socket and start owning; the standby worker comes by itself."""
+        """Bind the socket and start owning; the source of workers gets ready by itself."""
         await self._processes.open()
         self._owner = asyncio.create_task(self._own(), name="owner")
         memory = watch_memory(self._options.read_memory, self._note_memory, self._options.memory_interval_seconds)
@@ -126,7 +126,7 @@ class Supervisor:
         self._watchers = [
             asyncio.create_task(memory, name="memory"), asyncio.create_task(progress, name="watchdog"),
         ]  # fmt: skip
-        self._standby.refill()
+        self._source.refill()
 
     def begin_leaving(self) -> None:
         """Refuse whoever waits or comes; let run what runs. Idempotent, returns at once."""
@@ -150,10 +150,11 @@ class Supervisor:
         self.begin_leaving()
         if not self.gave_up:
             await self.settled()
-        await self._standby.close(self._stop_seconds)
+        await self._source.close_idle()
         await asyncio.gather(*(counter.close(self._stop_seconds) for counter in self._counters.values()))
         while self._runs and not self.gave_up:
             await self.wait_change()
+        await self._source.close()
         tasks = [*self._watchers, *([self._owner] if self._owner is not None else [])]
         for task in tasks:
             task.cancel()
@@ -247,8 +248,9 @@ class Supervisor:
         return self._measurements.get(key)
 
     @property
-    def standby_pids(self) -> list[int]:
-        return [worker.pid for worker in self._standby.workers]
+    def source(self) -> SourceView:
+        """Where workers come from."""
+        return self._source.view()
 
     @property
     def budget_bytes(self) -> int:
@@ -276,9 +278,9 @@ class Supervisor:
             limits = replace(limits, budget_bytes=known.budget_bytes)
         self._options = options
         self._stop_seconds = options.stop_timeout_seconds
-        self._standby.resize(options.standby_workers)
+        self._source.reconfigure(options.worker_source, options.standby_workers)
         self._post(LimitsChanged(limits=limits))
-        self._refill_standby()
+        self._refill()
 
     def nudge(self) -> None:
         """Have the owner take a turn, so that ``turns`` moves if it can."""
@@ -373,6 +375,8 @@ class Supervisor:
             case StopWorker():
                 run = self._runs[effect.worker]
                 self._spawn_task(self._stop_worker(run, effect), f"stop-{effect.worker}")
+                if effect.successor is not None:
+                    self._source.prepare(self._plans[effect.successor].engine)
             case CancelStreams():
                 handle = self._runs[effect.worker].handle
                 if handle is not None:
@@ -424,8 +428,8 @@ class Supervisor:
         return any(run.is_answering(time.monotonic()) for run in self._runs.values())
 
     async def _live(self, run: Run) -> None:
-        await run.live(self._standby, self._processes.start)
-        self._refill_standby()
+        await run.live(self._source)
+        self._refill()
 
     async def _stop_worker(self, run: Run, effect: StopWorker) -> None:
         timings = await run.stop(effect, self._stop_seconds, self._processes.bytes_of_others)
@@ -435,11 +439,19 @@ class Supervisor:
             self.kill_incidents += timings.rung == "kill"
             self.stranded_incidents += timings.verdict == "stranded"
             if effect.successor is not None:
-                self._evictions_for.setdefault(effect.successor, []).append(timings)
+                self._note_eviction(effect.successor, timings)
         del self._runs[effect.worker]
         self._post(WorkerReclaimed(worker=effect.worker))
-        self._refill_standby()
+        self._refill()
         self._wake()
+
+    def _note_eviction(self, successor: str, timings: EvictionTimings) -> None:
+        """Record how the memory for a load was made free; the load may have begun meanwhile, or be done."""
+        run = next((run for run in self._runs.values() if run.plan.spec.name == successor), None)
+        if run is not None:
+            run.timings.evictions.append(timings)
+        else:
+            self._evictions_for.setdefault(successor, []).append(timings)
 
     def _note_failure(self, event: WorkerFailed | WorkerExited) -> None:
         """Keep why a worker failed. The exit of a worker that was asked to stop is no failure."""
@@ -448,10 +460,10 @@ class Supervisor:
         if run is not None and view is not None and view.state is not State.STOPPING:
             self._last_failures[run.plan.spec.name] = run.failure(event.error.message)
 
-    def _refill_standby(self) -> None:
+    def _refill(self) -> None:
         """Not while anything loads or makes its first token: the imports would compete with it for the cores."""
         if not self._leaving and all(run.settled.is_set() for run in self._runs.values()):
-            self._standby.refill()
+            self._source.refill()
 
     def _note_memory(self, reading: MemoryReading) -> None:
         self._post(MemoryRead(reading=reading))

@@ -45,6 +45,9 @@ class SwapTimings:
     """For room: from the first request to the reservation."""
     evictions: list[EvictionTimings] = field(default_factory=list)
     standby: bool = False
+    """Whether its worker was waiting for it, or was forked."""
+    source: str = ""
+    """Where its worker comes from: ``fork``, ``standby`` or ``spawn``; empty until there is one."""
     yielded: bool = False
     """It was read more slowly, because others were answering."""
     spawn_seconds: float = 0.0
@@ -64,6 +67,7 @@ class SwapTimings:
             "model": self.model,
             "started_at": self.started_at,
             "standby": self.standby,
+            "source": self.source,
             "yielded": self.yielded,
             **{name: None if value is None else round(value, 6) for name, value in values.items()},
             "evictions": [eviction.as_dict() for eviction in self.evictions],

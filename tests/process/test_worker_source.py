@@ -1,0 +1,303 @@
+"""Where workers come from: what becomes of loads when a fork server fails, and a router with one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mlx_router_server.workers.forking import ForkServer
+from mlx_router_server.workers.source import Origin, SourceKind
+from tests.support.router import RouterProcess, running_router, still_alive, wait_until
+from tests.support.sources import run_bounded, running_source, server_pid
+from tests.tiny_models.random_model import make_random_model
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fork server is for Linux")
+
+_QUICK = {"options": {"temperature": 0, "num_predict": 8}}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_load_is_served_when_the_fork_server_fails_during_its_imports(number: signal.Signals) -> None:
+    async def test() -> None:
+        async with running_source() as source:
+            taking = asyncio.create_task(source.take("mlx"))
+            pid = 0
+            async with asyncio.timeout(20):
+                while not (pid := source.view().fork_server_pid or 0):  # noqa: ASYNC110  # it has no event of its own
+                    await asyncio.sleep(0)
+            os.kill(pid, number)
+            supply = await taking
+            assert supply.origin is Origin.SPAWN
+            source.refill()
+            assert await server_pid(source) != pid, "it is replaced"
+            await supply.worker.stop("done", 2)
+
+    run_bounded(test)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_load_is_served_when_the_fork_server_fails_before_it_forks(number: signal.Signals) -> None:
+    async def test() -> None:
+        async with running_source() as source:
+            source.prepare("mlx")
+            pid = await server_pid(source)
+            first = await source.take("mlx")
+            assert first.origin is Origin.FORK
+            os.kill(pid, number)
+            supplies = await asyncio.gather(*(source.take("mlx") for _ in range(2)))
+            assert {supply.origin for supply in supplies} <= {Origin.SPAWN, Origin.FORK}
+            await first.worker.get_stats(2)
+            source.refill()
+            assert await server_pid(source) != pid, "it is replaced"
+            assert (await source.take("mlx")).origin is Origin.FORK
+
+    run_bounded(test)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_load_is_served_when_the_forked_worker_fails_before_its_hello(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forked: list[int] = []
+    fork = ForkServer.fork
+
+    async def fork_and_hit(self: ForkServer, bootstrap: Any) -> Any:
+        process = await fork(self, bootstrap)
+        os.kill(process.pid, number)
+        forked.append(process.pid)
+        return process
+
+    monkeypatch.setattr(ForkServer, "fork", fork_and_hit)
+
+    async def test() -> None:
+        async with running_source() as source:
+            for attempt in range(3):
+                supply = await source.take("fake")
+                assert supply.origin is Origin.SPAWN
+                assert len(forked) == attempt + 1
+                await supply.worker.stop("done", 2)
+            # After three failures in a row it is not tried any more for a while; idle workers take its place.
+            assert source.view().kind is SourceKind.STANDBY
+            assert "did not say hello" in source.view().reason
+            await source.take("fake")
+            assert len(forked) == 3
+
+    run_bounded(test)
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in forked)
+
+
+def test_a_fork_server_whose_libraries_start_threads_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Forking a process of several threads may leave a lock taken for ever in the child."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, threading, time\n"
+        "if 'mlx_router_worker.fork_server' in sys.orig_argv:\n"
+        "    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")])))
+
+    async def test() -> None:
+        async with running_source() as source:
+            assert (await source.take("fake")).origin is Origin.SPAWN
+            view = source.view()
+            assert (view.kind, view.fork_server_pid) == (SourceKind.STANDBY, None)
+            assert "threads" in view.reason
+
+    run_bounded(test)
+
+
+def test_engines_that_models_have_needed_are_imported_by_the_next_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_router_server.workers.source._SHARED_ENGINES", ("mlx",))
+
+    async def test() -> None:
+        async with running_source() as source:
+            source._engines = ("mlx",)
+            supply = await source.take("embed")
+            assert supply.origin is Origin.FORK, "the fork imports it by itself"
+            first = await server_pid(source)
+            source.refill()
+            assert source._replacing is not None
+            await source._replacing
+            assert await server_pid(source) != first
+            assert source._server is not None
+            assert source._server.engines == ("mlx", "embed")
+            # The former one ends with its last worker, and reports how that ended.
+            assert psutil.pid_exists(first)
+            await supply.worker.stop("done", 2)
+            assert supply.worker.exit_reason == "its worker process exited with status 0"
+            ahead = await source.take("mlx")
+            await ahead.worker.stop("done", 2)
+            await asyncio.to_thread(
+                wait_until, lambda: not psutil.pid_exists(first), "the former fork server has ended"
+            )
+
+    run_bounded(test)
+
+
+def test_the_fork_server_can_be_switched_off_and_on(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with running_source(SourceKind.SPAWN) as source:
+            source.refill()
+            assert (await source.take("fake")).origin is Origin.SPAWN
+            assert source.view().fork_server_pid is None
+            source.reconfigure(SourceKind.FORK, 1)
+            source.refill()
+            pid = await server_pid(source)
+            assert (await source.take("fake")).origin is Origin.FORK
+            source.reconfigure(SourceKind.STANDBY, 1)
+            assert (await source.take("fake")).origin is Origin.SPAWN
+            assert source.view().kind is SourceKind.STANDBY
+            assert psutil.pid_exists(pid), "its worker lives"
+
+    run_bounded(test)
+
+
+@pytest.mark.parametrize(
+    ("kind", "standby", "used"),
+    [("auto", 1, "fork"), ("auto", 0, "spawn"), ("fork", 0, "fork"), ("standby", 1, "standby"), ("standby", 0, "spawn"),
+     ("spawn", 3, "spawn")],
+)  # fmt: skip
+def test_what_the_settings_mean(kind: str, standby: int, used: str) -> None:
+    async def test() -> None:
+        async with running_source(SourceKind(kind), standby) as source:
+            assert source.view().kind.value == used
+
+    run_bounded(test)
+
+
+# ------------------------------------------------------------------------------------------- in a router
+
+
+def _models(tmp_path: Path) -> str:
+    for seed, name in enumerate(("one", "two")):
+        make_random_model(tmp_path / "models" / name, size_bytes=1_000_000, seed=seed)
+    return str(tmp_path / "models")
+
+
+def _fork_server(router: RouterProcess) -> int:
+    """The pid of its fork server, once that is ready and a worker is forked ahead."""
+
+    def ready() -> int | None:
+        status = router.status()["router"]
+        source = status["worker_source"]
+        return source["fork_server_pid"] if source["fork_server_ready"] and status["standby_pids"] else None
+
+    pid: int = wait_until(ready, "the fork server is ready")
+    return pid
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_no_request_fails_when_the_fork_server_does(tmp_path: Path, number: signal.Signals) -> None:
+    """Hit while it imports, while it is idle, between two loads, while a stream runs, and at the end of its workers."""
+    arguments = ["--models-dir", _models(tmp_path), "--max-loaded-models", "1"]
+    with running_router(tmp_path, *arguments, standby=True) as router, ThreadPoolExecutor(4) as pool:
+        hits: list[int] = []
+
+        def hit() -> None:
+            pid = router.status()["router"]["worker_source"]["fork_server_pid"]
+            if pid is not None and pid not in hits:
+                hits.append(pid)
+                os.kill(pid, number)
+
+        hit()  # it imports
+        assert router.generate("one", **_QUICK)["done"]
+        _fork_server(router)
+        hit()  # idle, with a worker forked ahead
+        for name in ("two", "one", "two"):
+            assert router.generate(name, **_QUICK)["done"]
+        _fork_server(router)
+        stream = pool.submit(router.generate, "demo", prompt="Tell me a long story.")
+        router.wait_state("demo", "ready")
+        hit()  # a stream of a forked worker runs, which is drained and ended after that
+        swap = pool.submit(router.generate, "one", **_QUICK)
+        assert stream.result(60)["done_reason"] == "stop"
+        assert swap.result(60)["done"]
+        together = [pool.submit(router.generate, name, **_QUICK) for name in ("one", "two", "one", "two")]
+        hit()
+        assert all(answer.result(60)["done"] for answer in together)
+        assert len(hits) >= 3
+        status = router.status()["router"]
+        assert (status["kill_incidents"], status["stranded_incidents"]) == (0, 0)
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in hits)
+
+
+def test_two_routers_have_a_fork_server_each(tmp_path: Path) -> None:
+    homes = [tmp_path / name for name in ("first", "second")]
+    for home in homes:
+        home.mkdir()
+    with running_router(homes[0], standby=True) as first, running_router(homes[1], standby=True) as second:
+        pids = [_fork_server(first), _fork_server(second)]
+        assert pids[0] != pids[1]
+        for router in (first, second):
+            assert router.generate("demo", **_QUICK)["done"]
+            assert router.model("demo")["last_swap"]["source"] == "fork"
+        os.kill(pids[0], signal.SIGKILL)
+        assert second.status()["router"]["worker_source"]["fork_server_pid"] == pids[1]
+
+
+def test_nothing_is_left_of_a_router_that_is_killed(tmp_path: Path) -> None:
+    with running_router(tmp_path, standby=True) as router:
+        _fork_server(router)
+        assert router.generate("demo", **_QUICK)["done"]
+        children = router.children()
+        assert len(children) >= 2
+        os.kill(router.pid, signal.SIGKILL)
+        wait_until(lambda: not still_alive(children), "the fork server and its workers have ended")
+
+
+def test_a_stopped_fork_server_of_a_killed_router_is_ended_by_the_next(tmp_path: Path) -> None:
+    with running_router(tmp_path, standby=True) as router:
+        pid = _fork_server(router)
+        process = psutil.Process(pid)
+        os.kill(pid, signal.SIGSTOP)
+        os.kill(router.pid, signal.SIGKILL)
+        router.process.wait(30)
+    assert still_alive([process])
+    with running_router(tmp_path) as router:
+        wait_until(lambda: not still_alive([process]), "the next router has ended it")
+
+
+_SANDBOX = """
+set -e
+home="$1"; shift
+mount --make-rprivate /
+mount --bind "$home" /mnt
+mount -t tmpfs tmpfs /tmp
+mkdir -p "$home"
+mount --bind /mnt "$home"
+mount -o remount,bind,ro /
+exec setpriv --no-new-privs "$@"
+"""
+
+
+def test_it_works_in_the_sandbox_of_the_unit(tmp_path: Path) -> None:
+    """PrivateUsers, PrivateTmp, ProtectSystem=strict and NoNewPrivileges."""
+    sandbox = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", _SANDBOX, "sh", str(tmp_path)]
+    with running_router(tmp_path, standby=True, python=[*sandbox, sys.executable, "-P"]) as router:
+        _fork_server(router)
+        assert router.generate("demo", **_QUICK)["done"]
+        assert router.model("demo")["last_swap"]["source"] == "fork"
+
+
+def test_forks_of_one_server_draw_different_random_numbers(tmp_path: Path) -> None:
+    """Without new seeds each fork would continue the generator of its parent."""
+    make_random_model(tmp_path / "models" / "random", size_bytes=1_000_000, seed=1)
+    prompts = {"prompt": "go", "raw": True, "options": {"temperature": 1.5, "num_predict": 24}}
+    with running_router(tmp_path, "--models-dir", str(tmp_path / "models"), standby=True) as router:
+        texts = []
+        for _ in range(3):
+            texts.append(router.generate("random", **prompts)["response"])
+            assert router.model("random")["last_swap"]["source"] == "fork"
+            router.client.post("/admin/models/random/unload")
+            router.wait_state("random", "unloaded")
+        assert len(set(texts)) == 3
