@@ -112,7 +112,7 @@ def test_models_that_fit_start_in_the_same_breath_and_the_third_waits() -> None:
 
 @pytest.mark.req("R10")
 def test_a_model_in_use_is_drained_and_not_stopped() -> None:
-    bench = Bench(max_loaded_models=1)
+    bench = Bench(max_loaded_models=1, budget_bytes=70)
     worker = bench.load("t1", "a")
     assert bench.request("t2", "b") == []
     assert bench.state("a") is State.DRAINING
@@ -135,7 +135,7 @@ def test_the_reservation_is_held_until_the_memory_was_seen_to_be_back() -> None:
 
 
 def test_the_waiters_of_an_evicted_model_are_served_after_the_newcomer() -> None:
-    bench = Bench(max_loaded_models=1)
+    bench = Bench(max_loaded_models=1, budget_bytes=70)
     a = bench.load("t1", "a")
     bench.request("t2", "b")
     bench.request("t3", "a")
@@ -202,7 +202,7 @@ def test_a_worker_that_somebody_else_ended_is_no_failure_of_its_model() -> None:
 
 
 def test_a_waiter_that_leaves_takes_its_place_in_the_queue_with_it() -> None:
-    bench = Bench(max_loaded_models=1)
+    bench = Bench(max_loaded_models=1, budget_bytes=70)
     bench.load("t1", "a", pinned=False)
     bench.request("t2", "b")
     bench.tell(LeaseReturned(ticket="t2"))
@@ -211,7 +211,7 @@ def test_a_waiter_that_leaves_takes_its_place_in_the_queue_with_it() -> None:
 
 
 def test_a_pinned_model_is_never_evicted() -> None:
-    bench = Bench(max_loaded_models=1)
+    bench = Bench(max_loaded_models=1, budget_bytes=70)
     bench.load("t1", "a", pinned=True)
     bench.tell(LeaseReturned(ticket="t1"))
     (error,) = refusals(bench.request("t2", "b"))
@@ -220,7 +220,7 @@ def test_a_pinned_model_is_never_evicted() -> None:
 
 
 def test_a_model_asked_to_stay_for_ever_is_not_evicted_either() -> None:
-    bench = Bench(max_loaded_models=1)
+    bench = Bench(max_loaded_models=1, budget_bytes=70)
     bench.load("t1", "a", keep_alive_seconds=math.inf)
     bench.tell(LeaseReturned(ticket="t1"))
     assert [error.code for error in refusals(bench.request("t2", "b"))] == ["memory_pinned"]
@@ -248,7 +248,7 @@ def test_keep_alive_counts_from_the_end_of_the_last_request() -> None:
 
 
 def test_a_request_that_waits_too_long_is_refused() -> None:
-    bench = Bench(max_loaded_models=1, queue_timeout_seconds=5.0, drain_timeout_seconds=100.0)
+    bench = Bench(max_loaded_models=1, budget_bytes=70, queue_timeout_seconds=5.0, drain_timeout_seconds=100.0)
     bench.load("t1", "a")
     bench.request("t2", "b")
     asked = bench.now
@@ -259,7 +259,7 @@ def test_a_request_that_waits_too_long_is_refused() -> None:
 
 
 def test_at_the_drain_limit_the_old_model_is_kept_and_the_newcomer_told() -> None:
-    bench = Bench(max_loaded_models=1, drain_timeout_seconds=5.0)
+    bench = Bench(max_loaded_models=1, budget_bytes=70, drain_timeout_seconds=5.0)
     bench.load("t1", "a")
     bench.request("t2", "b")
     bench.request("t3", "a")
@@ -271,7 +271,7 @@ def test_at_the_drain_limit_the_old_model_is_kept_and_the_newcomer_told() -> Non
 
 
 def test_a_full_queue_refuses() -> None:
-    bench = Bench(max_loaded_models=1, max_queue=1)
+    bench = Bench(max_loaded_models=1, budget_bytes=70, max_queue=1)
     bench.load("t1", "a")
     bench.request("t2", "b")
     assert [error.code for error in refusals(bench.request("t3", "c"))] == ["overloaded"]
@@ -304,7 +304,7 @@ def test_only_transitions_of_the_table_are_legal(old: State, new: State) -> None
 @pytest.mark.req("R10", "R52")
 def test_a_stream_that_nobody_reads_holds_no_model_beyond_the_drain_limit() -> None:
     """It is told to end; whoever does not take that either is not waited for."""
-    bench = Bench(max_loaded_models=1, cancel_at_drain_limit=True, drain_timeout_seconds=10.0)
+    bench = Bench(max_loaded_models=1, budget_bytes=70, cancel_at_drain_limit=True, drain_timeout_seconds=10.0)
     worker = bench.load("t1", "a")
     bench.request("t2", "b")
     bench.now += 10

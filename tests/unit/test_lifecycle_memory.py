@@ -117,7 +117,7 @@ def test_tight_memory_has_caches_given_back_and_critical_memory_has_idle_models_
 
 
 def test_somebody_who_waits_for_room_gets_none_until_memory_is_back() -> None:
-    bench = Bench(max_loaded_models=1)
+    bench = Bench(max_loaded_models=1, budget_bytes=70)
     a = bench.load("t1", "a")
     bench.request("t2", "b")
     bench.tell(_reading(Pressure.CRITICAL))
@@ -152,7 +152,7 @@ def test_after_a_failure_memory_is_looked_at_before_the_next_try() -> None:
 
 
 def test_a_pin_of_the_operator_holds_until_it_is_taken_off() -> None:
-    bench = Bench(max_loaded_models=1)
+    bench = Bench(max_loaded_models=1, budget_bytes=70)
     bench.load("t1", "a")
     bench.tell(LeaseReturned(ticket="t1"))
     bench.tell(PinChanged(spec=_spec("a"), pinned=True))
@@ -190,7 +190,7 @@ def test_who_unloads_a_model_in_use_is_still_known_when_it_leaves(by_client: boo
 
 
 def test_an_unload_of_a_model_that_drains_for_another_holds_when_it_stays_after_all() -> None:
-    bench = Bench(max_loaded_models=1)
+    bench = Bench(max_loaded_models=1, budget_bytes=70)
     bench.load("t1", "a")
     bench.request("t2", "b")
     assert bench.state("a") is State.DRAINING
@@ -203,7 +203,7 @@ def test_an_unload_of_a_model_that_drains_for_another_holds_when_it_stays_after_
 
 
 def test_a_pin_keeps_a_model_that_drains_for_another() -> None:
-    bench = Bench(max_loaded_models=1)
+    bench = Bench(max_loaded_models=1, budget_bytes=70)
     bench.load("t1", "a")
     bench.request("t2", "b")
     assert [error.code for error in refusals(bench.tell(PinChanged(spec=_spec("a"), pinned=True)))] == ["memory_pinned"]
@@ -281,7 +281,7 @@ def test_a_client_that_unloads_gets_the_minimum_and_not_less() -> None:
 
 
 def test_a_preload_needs_nobody_and_displaces_nobody() -> None:
-    bench = Bench(max_loaded_models=1)
+    bench = Bench(max_loaded_models=1, budget_bytes=70)
     worker = started(bench.tell(LoadWanted(spec=_spec("a"), reason="preloaded")))
     assert granted(bench.finish_load(worker)) == []
     assert bench.state("a") is State.READY
@@ -347,9 +347,47 @@ def test_the_forecast_knows_that_a_queued_model_waits_for_memory() -> None:
 
 
 def test_the_forecast_knows_that_room_is_made_already() -> None:
-    bench = Bench(busy_policy=BusyPolicy.FAIL, max_loaded_models=1)
+    bench = Bench(busy_policy=BusyPolicy.FAIL, max_loaded_models=1, budget_bytes=70)
     bench.load("t1", "a")
     bench.tell(LeaseReturned(ticket="t1"))
     bench.request("t2", "b")
     assert bench.lifecycle.forecast(_spec("b"), bench.now).action == "wait", "a leaves for it"
     assert not refusals(bench.request("t3", "b"))
+
+
+def test_a_model_loads_while_the_one_it_replaces_exits_where_memory_allows() -> None:
+    bench = Bench(max_loaded_models=1, budget_bytes=100)
+    a = bench.load("t1", "a")
+    bench.tell(LeaseReturned(ticket="t1"))
+    stop, start = bench.request("t2", "b")
+    assert isinstance(stop, StopWorker)
+    assert isinstance(start, StartWorker)
+    assert (stop.worker, stop.successor, start.model) == (a, "b", "b")
+    assert bench.lifecycle.reserved_bytes == 80, "both hold their memory"
+    assert bench.request("t3", "c") == [], "one model at a time is loaded or loading"
+    bench.finish_load(start.worker)
+    assert bench.tell(WorkerReclaimed(worker=a)) == []
+    assert bench.lifecycle.reserved_bytes == 40
+
+
+def test_a_model_waits_for_the_exit_of_the_one_it_replaces_where_both_do_not_fit() -> None:
+    bench = Bench(max_loaded_models=1, budget_bytes=70)
+    a = bench.load("t1", "a")
+    bench.tell(LeaseReturned(ticket="t1"))
+    (stop,) = bench.request("t2", "b")
+    assert isinstance(stop, StopWorker)
+    assert bench.state("b") is State.QUEUED
+    (start,) = bench.tell(WorkerReclaimed(worker=a))
+    assert isinstance(start, StartWorker)
+
+
+def test_a_model_that_was_replaced_in_passing_does_not_let_others_go_first_later() -> None:
+    """``yields_to`` is for the model that gets the memory; one that has it already needs no precedence."""
+    bench = Bench(max_loaded_models=1, budget_bytes=100)
+    a = bench.load("t1", "a")
+    bench.tell(LeaseReturned(ticket="t1"))
+    _, start = bench.request("t2", "b")
+    assert isinstance(start, StartWorker)
+    bench.tell(WorkerReclaimed(worker=a))
+    record = bench.lifecycle._books.records["a"]
+    assert record.yields_to is None

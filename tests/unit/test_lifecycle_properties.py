@@ -297,7 +297,8 @@ class World(RuleBasedStateMachine):
         assert self.lifecycle.reserved_bytes <= _BUDGET
         assert self.lifecycle.reserved_bytes == sum(self.shares[worker].memory_bytes for worker in running)
         assert sum(self.shares[worker].cache_bytes for worker in running) <= _BUDGET
-        assert self.lifecycle.workers == len(running) <= (self.limits.max_loaded_models or len(running))
+        assert self.lifecycle.workers == len(running)
+        assert len(running - self.stopping) <= (self.limits.max_loaded_models or len(running))
 
     @invariant()
     def the_books_agree(self) -> None:

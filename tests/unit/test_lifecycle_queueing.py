@@ -24,7 +24,7 @@ from tests.unit.test_lifecycle import Bench, granted, refusals, started
 
 
 def _one_place(**limits: object) -> Bench:
-    bench = Bench(max_loaded_models=1, **limits)
+    bench = Bench(max_loaded_models=1, budget_bytes=70, **limits)
     bench.tick = 0.01
     return bench
 

@@ -1,7 +1,8 @@
-"""Admission by bytes: may this model start now, who would have to leave, or can it never fit?
+"""Admission by bytes: may this model start now, which models must be evicted first, or can it never fit?
 
-One memory rule, never two modes: loading beside and stopping first are its two outcomes. A worker that is still on
-its way out counts in full until its memory has been seen to come back.
+One memory rule, never two modes: loading beside and stopping first are its two outcomes. The bytes of a worker that is
+being stopped count in full until its memory has been seen to come back. It is no loaded model any more, so it does not
+count against ``max_loaded``: where memory allows, the next model loads while it exits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ class Resident:
     reserved_bytes: int
     leaving: bool
     """Draining or stopping: its room is spoken for."""
+    stopping: bool
+    """Serves nobody any more; holds its bytes until they are back."""
     movable_at: float
     """From when on it may be asked to leave; infinite for what is pinned or not ready."""
     settling: bool
@@ -89,12 +92,12 @@ def choose_admission(
         return TooLarge(f"it needs {human_bytes(estimate_bytes)} and the budget is {human_bytes(budget_bytes)}")
     limit = max_loaded or len(residents) + promised_count + 1
     missing_bytes = sum(r.reserved_bytes for r in residents) + promised_bytes + estimate_bytes - budget_bytes
-    missing_count = len(residents) + promised_count + 1 - limit
+    missing_count = sum(not r.stopping for r in residents) + promised_count + 1 - limit
     if missing_bytes <= 0 and missing_count <= 0:
         return Admit()
     leaving = [r for r in residents if r.leaving]
     missing_bytes -= sum(r.reserved_bytes for r in leaving)
-    missing_count -= len(leaving)
+    missing_count -= sum(not r.stopping for r in leaving)
     if missing_bytes <= 0 and missing_count <= 0:
         return Wait(models=tuple(r.model for r in leaving))
     movable = [r for r in residents if r.movable_at <= now and not r.leaving]

@@ -121,7 +121,8 @@ def reclaimed(books: Books, worker: str, now: float) -> None:
         books.by_ticket.pop(ticket, None)
     failed = record.failed
     record.leases = {}
-    record.yields_to = record.evicted_for
+    newcomer = books.records.get(record.evicted_for or "")
+    record.yields_to = newcomer.spec.name if newcomer is not None and newcomer.state is State.QUEUED else None
     record.worker, record.evicted_for, record.turn = None, None, None
     record.reserved_bytes = record.memory_bytes = 0
     record.keep_alive_seconds = record.expires_at = None

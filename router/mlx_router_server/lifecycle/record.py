@@ -124,6 +124,7 @@ class ModelRecord:
             model=self.spec.name,
             reserved_bytes=self.reserved_bytes,
             leaving=self.state in (State.DRAINING, State.STOPPING),
+            stopping=self.state is State.STOPPING,
             movable_at=self.movable_at(min_residency_seconds),
             settling=self.loading and not self.stays,
             in_flight=len(self.leases),

@@ -32,10 +32,13 @@ def admit_queued(books: Books, now: float) -> None:
     promised_bytes = promised_count = 0
     for record in _in_order(books, now):
         record.look_again_at = math.inf
-        verdict = admission_verdict(books, record, now, promised_bytes, promised_count)
-        shortage = short_of_memory(books, record) if isinstance(verdict, Admit) else ""
-        if shortage:
-            verdict = Wait()
+        verdict, shortage = _verdict_now(books, record, now, promised_bytes, promised_count)
+        if isinstance(verdict, Evict) and record.queue:
+            for name in verdict.victims:
+                _evict(books, books.records[name], record, now)
+            after, shortage = _verdict_now(books, record, now, promised_bytes, promised_count)
+            if isinstance(after, Admit):  # what is being stopped may take its time to exit
+                verdict = after
         match verdict:
             case Admit():
                 _start(books, record, now)
@@ -55,8 +58,6 @@ def admit_queued(books: Books, now: float) -> None:
                 continue
             case Evict():
                 _note_wait(books, record, verdict.victims, "asked to leave")
-                for name in verdict.victims:
-                    _evict(books, books.records[name], record, now)
             case Wait():
                 record.look_again_at = verdict.until
                 _note_wait(books, record, verdict.models, shortage or "in the way")
@@ -64,6 +65,16 @@ def admit_queued(books: Books, now: float) -> None:
                 assert_never(verdict)
         promised_bytes += record.spec.estimate_bytes
         promised_count += 1
+
+
+def _verdict_now(
+    books: Books, record: ModelRecord, now: float, promised_bytes: int, promised_count: int
+) -> tuple[Verdict, str]:
+    """Return the verdict, and what the machine is short of if that alone keeps the model from loading."""
+    verdict = admission_verdict(books, record, now, promised_bytes, promised_count)
+    if isinstance(verdict, Admit) and (shortage := short_of_memory(books, record)):
+        return Wait(), shortage
+    return verdict, ""
 
 
 def _all_leaving(books: Books, verdict: Evict | Wait) -> bool:
