@@ -23,8 +23,9 @@ from mlx_router_server.workers.run_directory import RunDirectory
 from mlx_router_shared.codec import encode
 from mlx_router_shared.errors import WorkerDied
 from mlx_router_shared.generation import Finish, GenerationRequest, Message, Role, Started, TextDelta
-from mlx_router_shared.protocol import Bootstrap, Hello, Load, Loading
+from mlx_router_shared.protocol import PROTOCOL_VERSION, Bootstrap, Hello, Load, Loading
 from tests.support.fakes import write_fake
+from tests.support.router import wait_until
 
 _REQUEST = GenerationRequest(messages=[Message(role=Role.USER, content="go")])
 
@@ -35,7 +36,9 @@ async def _worker(tmp_path: Path, **script: Any) -> AsyncIterator[tuple[WorkerHa
     directory = RunDirectory.create(tmp_path)
     link = WorkerLink(directory.endpoint)
     bootstrap = Bootstrap(endpoint=directory.endpoint, worker_id="p-1", token="secret", engine="fake")
-    handle = WorkerHandle("p-1", "fake", await launch(bootstrap), link, "secret")
+    process = await launch("p-1")
+    handle = WorkerHandle("p-1", "fake", process, link, "secret")
+    process.begin(bootstrap)
     load = Load(model="a", path=str(write_fake(tmp_path / "model", **script)), context_tokens=0, parallel=4)
     try:
         yield handle, load
@@ -221,3 +224,32 @@ def test_the_run_directory_is_private_and_swept_only_when_its_router_is_gone(tmp
     assert stranger.exists(), "without a lock it may be in the making"
     third.remove()
     first.remove()
+
+
+def test_what_a_worker_has_sent_can_be_read_without_the_event_loop(tmp_path: Path) -> None:
+    """A router that was too busy to look must not take a worker's last message for missing."""
+
+    async def test() -> None:
+        directory = RunDirectory.create(tmp_path)
+        link = WorkerLink(directory.endpoint)
+        received: list[Any] = []
+        link.expect("p-1", "secret", received.append, received.append)
+        context = zmq.Context()
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IDENTITY, b"p-1")
+        socket.connect(directory.endpoint)
+        hello = Hello(protocol_version=PROTOCOL_VERSION, pid=1, token="secret", engine="fake", import_seconds=0.0,
+                      versions={}, working_set_bytes=0)  # fmt: skip
+        socket.send(encode(hello))
+
+        def has_arrived() -> bool:
+            link.read_now()
+            return bool(received)
+
+        wait_until(has_arrived, "the message is read")
+        assert received == [hello]
+        context.destroy(linger=0)
+        await link.close()
+        directory.remove()
+
+    _run(test)

@@ -368,7 +368,7 @@ class WorkerHandle:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            pass
+            self._link.read_now()  # this process itself may have been too busy to look
 
     # ------------------------------------------------------------------------- messages
 

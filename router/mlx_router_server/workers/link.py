@@ -92,6 +92,10 @@ class WorkerLink:
             if self._look_again is None:
                 self._look_again = self._loop.call_soon(self._read)
 
+    def read_now(self) -> None:
+        """Take the messages that have arrived, without waiting for the event loop to find them."""
+        self._read()
+
     async def close(self) -> None:
         self._loop.remove_reader(self._descriptor)
         if self._look_again is not None:
