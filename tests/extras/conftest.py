@@ -26,5 +26,5 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
     make_encoder(root / "bert-cls", "bert", pooling="cls", normalize=False)
     make_encoder(root / "bert-max", "bert", pooling="max")
     make_qwen2_vl(root / "seer")
-    with running_router(tmp_path_factory.mktemp("extra-home"), "--models-dir", str(root)) as found:
+    with running_router(tmp_path_factory.mktemp("extra-home"), "--models-dir", str(root), standby=True) as found:
         yield found

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.http import Reply, call
-from tests.support.router import RouterProcess
+from tests.support.router import RouterProcess, wait_until
 from tests.tiny_models.vision import png
 
 _RED, _BLUE = (base64.b64encode(png(color)).decode() for color in ((255, 0, 0), (0, 0, 255)))
@@ -132,3 +132,19 @@ def test_addresses_are_not_fetched(router: RouterProcess) -> None:
         router, "POST", "/v1/chat/completions", {"model": "seer", "messages": [{"role": "user", "content": parts}]}
     )
     assert (reply.status, "not currently supported" in reply.json()["error"]["message"]) == (400, True)
+
+
+def test_its_imports_are_done_by_the_next_fork_server(router: RouterProcess) -> None:
+    """The first worker of a kind that needs an extra imports it after the fork, later ones before."""
+    router.client.post("/admin/models/seer/load")
+    assert router.model("seer")["last_swap"]["source"] == "fork"
+    router.client.post("/admin/models/seer/unload")
+
+    def source() -> dict[str, Any]:
+        found: dict[str, Any] = router.status()["router"]["worker_source"]
+        return found
+
+    wait_until(lambda: "vlm" in source()["fork_server_engines"] and source()["fork_server_ready"], "it is replaced")
+    router.client.post("/admin/models/seer/load")
+    assert router.model("seer")["last_swap"]["source"] == "fork"
+    assert (source()["kind"], source()["reason"]) == ("fork", "")

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from mlx_router_server.workers.memory import process_bytes
+from tests.bench.memory import tree_bytes
 from tests.support.router import RouterProcess, running_router, wait_until
 
 _GREEDY = {"temperature": 0, "num_predict": 8}
@@ -62,11 +63,17 @@ def test_twenty_swaps_between_8_mb_and_1_gb_leave_no_trace(home: Path, large_mod
         process = psutil.Process(router.pid)
         (lock,) = [Path(file.path) for file in process.open_files() if file.path.endswith("/lock")]
         memory, descriptors = process_bytes(router.pid), _descriptors_at_rest(router)
-        _swap(router, ["small", "large"], 20)
+        router.generate("small", options=_GREEDY)
+        _descriptors_at_rest(router)
+        tree = tree_bytes(router.pid)
+        _swap(router, ["large", "small"], 20)
         assert process_bytes(router.pid) - memory < 2_000_000
+        _descriptors_at_rest(router)
+        wait_until(lambda: router.model("large")["state"] == "unloaded", "the large model is gone")
+        assert tree_bytes(router.pid) <= tree * 1.01
         assert _descriptors_at_rest(router) <= descriptors
         children = {child.pid for child in router.children()}
-        assert len(children) <= 2  # the model's worker and the standby
+        assert len(children) <= 3  # the model's worker, the fork server, and a worker that is forked ahead
         assert {path.name for path in lock.parent.iterdir()} == {"lock", "s", *(f"w-{pid}" for pid in children)}
         assert router.status()["router"]["kill_incidents"] == 0
         assert router.status()["router"]["stranded_incidents"] == 0

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fork server
 _QUICK = {"options": {"temperature": 0, "num_predict": 8}}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_load_is_served_when_the_fork_server_fails_during_its_imports(number: signal.Signals) -> None:
     async def test() -> None:
         async with running_source() as source:
@@ -43,7 +43,7 @@ def test_a_load_is_served_when_the_fork_server_fails_during_its_imports(number: 
     run_bounded(test)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_load_is_served_when_the_fork_server_fails_before_it_forks(number: signal.Signals) -> None:
     async def test() -> None:
         async with running_source() as source:
@@ -62,15 +62,15 @@ def test_a_load_is_served_when_the_fork_server_fails_before_it_forks(number: sig
     run_bounded(test)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_load_is_served_when_the_forked_worker_fails_before_its_hello(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forked: list[int] = []
     fork = ForkServer.fork
 
-    async def fork_and_hit(self: ForkServer, bootstrap: Any) -> Any:
-        process = await fork(self, bootstrap)
+    async def fork_and_hit(self: ForkServer, worker_id: str) -> Any:
+        process = await fork(self, worker_id)
         os.kill(process.pid, number)
         forked.append(process.pid)
         return process
@@ -92,6 +92,39 @@ def test_a_load_is_served_when_the_forked_worker_fails_before_its_hello(
 
     run_bounded(test)
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in forked)
+
+
+def test_a_worker_that_is_quicker_than_the_router_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked worker could say hello before the router listens for it."""
+    fork = ForkServer.fork
+
+    async def fork_and_pause(self: ForkServer, worker_id: str) -> Any:
+        process = await fork(self, worker_id)
+        await asyncio.sleep(0.5)
+        return process
+
+    monkeypatch.setattr(ForkServer, "fork", fork_and_pause)
+
+    async def test() -> None:
+        async with running_source() as source:
+            assert (await source.take("fake")).origin is Origin.FORK
+
+    run_bounded(test)
+
+
+def test_the_end_of_a_fork_server_is_one_failure_however_many_wait_for_it() -> None:
+    async def test() -> None:
+        async with running_source() as source:
+            taking = [asyncio.create_task(source.take("fake")) for _ in range(5)]
+            async with asyncio.timeout(20):
+                while not (pid := source.view().fork_server_pid or 0):  # noqa: ASYNC110  # it has no event of its own
+                    await asyncio.sleep(0)
+            os.kill(pid, signal.SIGKILL)
+            assert {supply.origin for supply in await asyncio.gather(*taking)} == {Origin.SPAWN}
+            assert source.view().kind is SourceKind.FORK
+            assert (await source.take("fake")).origin is Origin.FORK
+
+    run_bounded(test)
 
 
 def test_a_fork_server_whose_libraries_start_threads_is_not_used(
@@ -226,11 +259,11 @@ def test_no_request_fails_when_the_fork_server_does(tmp_path: Path, number: sign
         hit()
         assert all(answer.result(60)["done"] for answer in together)
         assert len(hits) >= 3
-        status = router.status()["router"]
-        assert (status["kill_incidents"], status["stranded_incidents"]) == (0, 0)
+        assert router.status()["router"]["kill_incidents"] == 0
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in hits)
 
 
+@pytest.mark.slow
 def test_two_routers_have_a_fork_server_each(tmp_path: Path) -> None:
     homes = [tmp_path / name for name in ("first", "second")]
     for home in homes:
@@ -245,6 +278,7 @@ def test_two_routers_have_a_fork_server_each(tmp_path: Path) -> None:
         assert second.status()["router"]["worker_source"]["fork_server_pid"] == pids[1]
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_router_that_is_killed(tmp_path: Path) -> None:
     with running_router(tmp_path, standby=True) as router:
         _fork_server(router)
@@ -255,6 +289,7 @@ def test_nothing_is_left_of_a_router_that_is_killed(tmp_path: Path) -> None:
         wait_until(lambda: not still_alive(children), "the fork server and its workers have ended")
 
 
+@pytest.mark.slow
 def test_a_stopped_fork_server_of_a_killed_router_is_ended_by_the_next(tmp_path: Path) -> None:
     with running_router(tmp_path, standby=True) as router:
         pid = _fork_server(router)

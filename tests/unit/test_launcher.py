@@ -101,7 +101,8 @@ def test_a_worker_that_is_ended_at_once_is_told_by_its_status(monkeypatch: pytes
     monkeypatch.setattr("asyncio.create_subprocess_exec", start)
 
     async def run() -> str:
-        worker = await launch(Bootstrap(endpoint="ipc:///none", worker_id="w", token="t", engine="mlx"))
+        worker = await launch("w")
+        worker.begin(Bootstrap(endpoint="ipc:///none", worker_id="w", token="t", engine="mlx"))
         return worker.describe_exit(await worker.wait())
 
     assert asyncio.run(run()) == "its worker process was ended by signal SIGTERM"

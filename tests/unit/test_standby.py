@@ -30,14 +30,14 @@ class _Worker:
 
 
 class _Bench:
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, extra: int = 0) -> None:
         self.started: list[tuple[str, bool]] = []
         self.ended: list[int] = []
         self.fails = False
         self.may_start = asyncio.Event()
         self.may_start.set()
         self.pool = StandbyPool(self._start, lambda worker: self.ended.append(worker.pid))
-        self.pool.resize(size)
+        self.pool.resize(size, extra)
 
     async def _start(self, engine: str, on_process: OnProcess | None, *, background: bool) -> Any:
         self.started.append((engine, background))
@@ -85,7 +85,7 @@ def test_their_number_follows_the_recent_loads(monkeypatch: pytest.MonkeyPatch) 
 
     async def test() -> None:
         nonlocal now
-        bench = _Bench(1)
+        bench = _Bench(1, 3)
         assert bench.pool.wanted == 1
         for taken in range(1, 9):
             await bench.pool.take("mlx")

@@ -10,7 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 from mlx_router_shared.errors import LoadFailed
@@ -57,6 +56,8 @@ class MlxBase:
         report("weights", 0.0)
         model, config = load_model(path, lazy=True, strict=strict)
         if load.adapter_path:
+            from mlx_lm.tuner.utils import load_adapters  # brings the trainer; most models have no adapter
+
             model = load_adapters(model, load.adapter_path)
             model.eval()
         _check_device(model)

@@ -99,6 +99,7 @@ async def status(request: Request) -> Response:
             "reason": source.reason,
             "fork_server_pid": source.fork_server_pid,
             "fork_server_ready": source.fork_server_ready,
+            "fork_server_engines": source.fork_server_engines,
         },
         "kill_incidents": supervisor.kill_incidents,
         "stranded_incidents": supervisor.stranded_incidents,

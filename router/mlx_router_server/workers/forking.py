@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 
 from mlx_router_server.workers.launcher import WorkerProcess, spawn
 from mlx_router_server.workers.liveness import Liveness
-from mlx_router_shared.codec import decode_from_fork_server, encode_bootstrap, encode_forking
+from mlx_router_shared.codec import decode_from_fork_server, encode_forking
 from mlx_router_shared.errors import ProtocolError
 from mlx_router_shared.forking import (
     MAX_FORK_MESSAGE_BYTES,
@@ -32,7 +32,6 @@ from mlx_router_shared.forking import (
     ToForkServer,
     WorkerEnded,
 )
-from mlx_router_shared.protocol import Bootstrap
 
 __all__ = ["ForkServer", "ForkUnavailable"]
 
@@ -93,6 +92,10 @@ class _ForkedProcess:
         except ProcessLookupError:  # it has no group of its own yet
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
+
+    def write(self, data: bytes) -> None:
+        with suppress(OSError):  # it has ended
+            os.write(self._stdin, data)
 
     def close(self) -> None:
         """Close what is held of it; called once it has ended."""
@@ -170,6 +173,11 @@ class ForkServer:
         return not self.closed.done()
 
     @property
+    def has_ended(self) -> bool:
+        """Whether its process is reaped."""
+        return self._exit.done()
+
+    @property
     def is_ready(self) -> bool:
         return self.usable and self._ready.done()
 
@@ -180,8 +188,8 @@ class ForkServer:
             raise ForkUnavailable(ready.unsafe)
         return ready
 
-    async def fork(self, bootstrap: Bootstrap) -> WorkerProcess:
-        """Fork a worker. Raises ``ForkUnavailable``; then there is no worker, or it ends by itself."""
+    async def fork(self, worker_id: str) -> WorkerProcess:
+        """Fork a worker that waits for its bootstrap. Raises ``ForkUnavailable``; a worker that exists then ends."""
         await self.wait_ready()
         loop = asyncio.get_running_loop()
         number = next(self._requests)
@@ -195,7 +203,6 @@ class ForkServer:
             reader = asyncio.StreamReader()
             transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), file)
             on_failure.callback(transport.close)
-            os.write(our_stdin, encode_bootstrap(bootstrap))
             answer = self._answers[number] = loop.create_future()
             status = self._statuses[number] = loop.create_future()
             always.callback(self._answers.pop, number)
@@ -204,7 +211,7 @@ class ForkServer:
             pid, pidfd = await self._answer(answer, _FORK_SECONDS)
             on_failure.pop_all()
         process = _ForkedProcess(pid, pidfd, our_stdin, reader, transport.close, status, self.closed, self._unreported)
-        return WorkerProcess(bootstrap.worker_id, process)
+        return WorkerProcess(worker_id, process)
 
     def _abandon(self, number: int) -> None:
         """Forget a request whose answer may have come already, or is still to come."""

@@ -87,6 +87,9 @@ class ChildProcess(Protocol):
     def signal_group(self, number: signal.Signals) -> None:
         """Send a signal to the process and everything it started."""
 
+    def write(self, data: bytes) -> None:
+        """Write to its standard input; what cannot be written because it has ended is dropped."""
+
     def close(self) -> None:
         """Close our end of its standard input."""
 
@@ -123,6 +126,10 @@ class WorkerProcess:
         self._relay.cancel()
         self._process.close()
         return status
+
+    def begin(self, bootstrap: Bootstrap) -> None:
+        """Have it connect and say hello. Called once, when its hello is listened for: a forked worker is quick."""
+        self._process.write(encode_bootstrap(bootstrap))
 
     def signal_group(self, number: signal.Signals) -> None:
         """Send a signal to the worker and everything it started."""
@@ -230,8 +237,6 @@ async def spawn(module: str, *arguments: str, stdin: int = asyncio.subprocess.PI
     return _SpawnedProcess(process)
 
 
-async def launch(bootstrap: Bootstrap) -> WorkerProcess:
-    """Start a worker; returns as soon as the process exists. Raises ``OSError`` when it cannot be started."""
-    process = await spawn("mlx_router_worker")
-    process.write(encode_bootstrap(bootstrap))
-    return WorkerProcess(bootstrap.worker_id, process)
+async def launch(worker_id: str) -> WorkerProcess:
+    """Start a worker, which waits for its bootstrap. Raises ``OSError`` when it cannot be started."""
+    return WorkerProcess(worker_id, await spawn("mlx_router_worker"))

@@ -60,10 +60,7 @@ class WorkerProcesses:
         assert self._link is not None
         directory = await self._whole_directory(self._link)
         worker_id, token = "p-" + secrets.token_hex(8), secrets.token_urlsafe(24)
-        bootstrap = Bootstrap(
-            endpoint=directory.endpoint, worker_id=worker_id, token=token, engine=engine, background=background
-        )
-        process = await (launch(bootstrap) if fork_server is None else fork_server.fork(bootstrap))
+        process = await (launch(worker_id) if fork_server is None else fork_server.fork(worker_id))
         directory.note_worker(process.pid)
         handle = WorkerHandle(
             worker_id, engine, process, self._link, token, is_forked=fork_server is not None
@@ -73,6 +70,11 @@ class WorkerProcesses:
         self._workers[process.pid] = handle
         handle.on_hello = self._on_hello
         handle.on_reaped = self._forget
+        process.begin(
+            Bootstrap(
+                endpoint=directory.endpoint, worker_id=worker_id, token=token, engine=engine, background=background
+            )
+        )
         return handle
 
     def bytes_of_others(self, pid: int) -> int:

@@ -40,6 +40,8 @@ _NO_FORK_SECONDS: Final = 600.0
 _SHARED_ENGINES: Final = ("mlx", "embed", "tokenizer")
 """The engine kinds that a fork server imports from the beginning; others once a model has needed them."""
 _CHEAP_ENGINES: Final = ("fake",)
+_MOST_EXTRA: Final = 3
+"""Standby workers beyond the configured number while loads follow each other closely."""
 _END_SECONDS: Final = 1.0
 _FORKED_AHEAD: Final = 1
 """Idle workers to keep beside a fork server: their own memory is a few megabytes, and a load saves the fork."""
@@ -64,7 +66,7 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Supply:
-    """A worker that has said hello, and how long that took in seconds; both are 0 for one that was waiting."""
+    """A worker that has said hello, and how long that took in seconds."""
 
     worker: WorkerHandle
     origin: Origin
@@ -82,6 +84,8 @@ class SourceView:
     """Why it is not what the settings ask for; else empty."""
     fork_server_pid: int | None
     fork_server_ready: bool
+    fork_server_engines: list[str]
+    """The engine kinds that it imports before it forks."""
     standby_pids: list[int]
 
 
@@ -118,6 +122,7 @@ class WorkerSource:
             reason=self._no_fork_reason if self._configured is SourceKind.FORK else "",
             fork_server_pid=server.pid if server is not None else None,
             fork_server_ready=server is not None and server.is_ready,
+            fork_server_engines=list(server.engines) if server is not None else [],
             standby_pids=[worker.pid for worker in self._pool.workers],
         )
 
@@ -130,8 +135,13 @@ class WorkerSource:
         self._apply()
 
     def _apply(self) -> None:
-        sizes = {SourceKind.FORK: _FORKED_AHEAD, SourceKind.STANDBY: self._standby_workers, SourceKind.SPAWN: 0}
-        self._pool.resize(sizes[self.kind])
+        kind = self.kind
+        if kind is SourceKind.FORK:
+            self._pool.resize(_FORKED_AHEAD)
+        elif kind is SourceKind.STANDBY:
+            self._pool.resize(self._standby_workers, _MOST_EXTRA)
+        else:
+            self._pool.resize(0)
 
     def reconfigure(self, kind: SourceKind, standby_workers: int) -> None:
         """Obtain workers this way from now on."""
@@ -156,7 +166,8 @@ class WorkerSource:
             if self.kind is SourceKind.STANDBY:
                 self._pool.refill()
             origin = Origin.FORK if worker.is_forked else Origin.STANDBY
-            return Supply(worker=worker, origin=origin, spawn_seconds=0.0, import_seconds=0.0)
+            waited = time.monotonic() - began  # for one that was being started
+            return Supply(worker=worker, origin=origin, spawn_seconds=0.0, import_seconds=waited)
         worker = await self._start(engine, on_process, background=False)
         assert worker.hello is not None
         import_seconds = worker.hello.import_seconds
@@ -187,7 +198,7 @@ class WorkerSource:
             try:
                 return await self._fork(engine, on_process)
             except ForkUnavailable as error:
-                self._note_fork_failure(str(error))
+                log.warning("event=fork_failed engine=%s reason=%r", engine, str(error))
         worker = await self._processes.start(engine, background=background)
         return await self._greeted(worker, on_process)
 
@@ -225,29 +236,33 @@ class WorkerSource:
 
     async def _fork(self, engine: str, on_process: OnProcess | None) -> WorkerHandle:
         """Return a forked worker that has said hello. Raises ``ForkUnavailable``."""
-        server = await self._usable_server()
-        worker = await self._processes.start(engine, fork_server=server)
+        server = await self._running_server()
+        try:
+            worker = await self._processes.start(engine, fork_server=server)
+        except ForkUnavailable as error:
+            self._note_fork_failure(server, str(error))
+            raise
         try:
             await self._greeted(worker, on_process, _FORKED_STILL_SECONDS)
         except MlxRouterError as error:
             if worker.is_stopping:
                 raise
-            raise ForkUnavailable(f"a forked worker did not say hello: {error.message}") from None
+            reason = f"a forked worker did not say hello: {error.message}"
+            self._note_fork_failure(server, reason)
+            raise ForkUnavailable(reason) from None
         self._fork_failures, self._no_fork_reason = 0, ""
         if engine not in self._engines and engine not in self._not_shared:
             self._engines = (*self._engines, engine)  # the next fork server imports it
         return worker
 
-    async def _usable_server(self) -> ForkServer:
-        """Return the fork server once its imports are done; one that has ended is replaced. Raises
-        ``ForkUnavailable``."""
+    async def _running_server(self) -> ForkServer:
+        """Return the fork server; one that has ended is replaced. Raises ``ForkUnavailable``."""
         if self._server is None or not self._server.usable:
             self._begin_server()
         if self._server_starting is not None:
             await asyncio.wait([self._server_starting])
         if self._server is None:
             raise ForkUnavailable("the fork server could not be started")
-        await self._server.wait_ready()
         return self._server
 
     def _begin_server(self) -> None:
@@ -296,23 +311,23 @@ class WorkerSource:
             self._replacing = None
 
     def _retire(self, server: ForkServer) -> None:
-        self._retired = [other for other in self._retired if other.usable]
-        if server.usable:
-            server.retire()
-            self._retired.append(server)
+        server.retire()
+        self._retired = [*(other for other in self._retired if not other.has_ended), server]
 
-    def _note_fork_failure(self, reason: str) -> None:
-        log.warning("event=fork_failed reason=%r", reason)
+    def _note_fork_failure(self, server: ForkServer, reason: str) -> None:
+        """Do without a fork server after several failures in a row; its end is one failure for all who wait for it."""
+        if server is not self._server:
+            return
         self._fork_failures += 1
-        unsafe = self._server is not None and self._server.unsafe
-        if unsafe or self._fork_failures >= _MOST_FORK_FAILURES:
+        is_given_up = bool(server.unsafe) or self._fork_failures >= _MOST_FORK_FAILURES
+        if is_given_up:
             self._no_fork_reason = reason
-            self._fork_again_at = math.inf if unsafe else time.monotonic() + _NO_FORK_SECONDS
+            self._fork_again_at = math.inf if server.unsafe else time.monotonic() + _NO_FORK_SECONDS
             log.warning("event=fork_server_given_up reason=%r instead=%s", reason, self.kind.value)
             self._apply()
-            if self._server is not None:
-                self._retire(self._server)
-                self._server = None
+        if is_given_up or not server.usable:
+            self._retire(server)
+            self._server = None
 
     # --------------------------------------------------------------------------------- end
 

@@ -23,7 +23,6 @@ _ANSWER_SECONDS: Final = 2.0
 _MOST_FAILURES: Final = 3
 _RATE_SECONDS: Final = 10.0
 """Loads of the last so many seconds count for the number of idle workers: a few times what a start takes."""
-_MOST_EXTRA: Final = 3
 _SURPLUS_SECONDS: Final = 60.0
 _PRIO_DARWIN_PROCESS: Final = 4  # <sys/resource.h> of macOS
 
@@ -45,13 +44,13 @@ class StandbyPool:
         """``end`` ends a worker that is not used."""
         self._start = start
         self._end = end
-        self._size = 0
+        self._size = self._most = 0
         self._idle: list[WorkerHandle] = []
         self._starting: dict[asyncio.Task[None], str] = {}
         """The tasks that start a worker, and of which engine kind."""
         self._importing: set[int] = set()
         """Pids of workers that have not said hello."""
-        self._taken_at: deque[float] = deque(maxlen=_MOST_EXTRA + 1)
+        self._taken_at: deque[float] = deque(maxlen=1)
         self._failures = 0
         self._trim: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -63,14 +62,13 @@ class StandbyPool:
     @property
     def wanted(self) -> int:
         """The number of idle workers to keep: the configured one, more while loads follow each other closely."""
-        if not self._size:
-            return 0
         recent = sum(time.monotonic() - at < _RATE_SECONDS for at in self._taken_at)
-        return min(max(self._size, recent), self._size + _MOST_EXTRA)
+        return min(max(self._size, recent), self._most)
 
-    def resize(self, size: int) -> None:
-        """Keep ``size`` idle workers at least, from the next ``refill`` on; 0: none but prepared ones."""
-        self._size = size
+    def resize(self, size: int, extra: int = 0) -> None:
+        """Keep ``size`` idle workers, and up to ``extra`` more by the rate of loads, from the next ``refill`` on."""
+        self._size, self._most = size, size + extra
+        self._taken_at = deque(self._taken_at, maxlen=self._most or 1)
 
     async def take(self, engine: str) -> WorkerHandle | None:
         """Return an idle worker, or None. One that is being started is waited for: starting another beside it would
