@@ -13,13 +13,14 @@ from tests.bench.loads import cold_loads, readiness, resident_latency
 from tests.bench.report import write_report
 from tests.bench.router_figures import crash, first_token, footprint, listing
 from tests.bench.structured import structured
-from tests.bench.swaps import alternate, alternating_calls
+from tests.bench.swaps import alternate, alternating_calls, back_to_back
 from tests.bench.throughput import throughput
 from tests.bench.watching import watching
 from tests.tiny_models.random_model import make_random_model
 
 _MODELS: Final = {
     "random-8mb": 8_000_000, "other-8mb": 8_000_000, "random-64mb": 64_000_000, "random-1gb": 1_000_000_000,
+    "other-1gb": 1_000_000_000,
 }  # fmt: skip
 
 
@@ -28,7 +29,7 @@ def main() -> None:
         folder = Path(scratch) / "models"
         for seed, (name, size) in enumerate(_MODELS.items()):
             make_random_model(folder / name, size_bytes=size, seed=seed)
-        small, other, _, large = _MODELS
+        small, other, middle, large, other_large = _MODELS
         parts: dict[str, Callable[[Path], Any]] = {
             "footprint": footprint,
             "crash": crash,
@@ -36,9 +37,10 @@ def main() -> None:
             "watching": watching,
             "first_token": first_token,
             "readiness": lambda home: readiness(folder, home, small, 100),
-            "cold_loads": lambda home: cold_loads(folder, home, {"random-64mb": 9, "random-1gb": 9}),
+            "cold_loads": lambda home: cold_loads(folder, home, {small: 9, middle: 9, large: 7}),
             "resident": lambda home: resident_latency(folder, home, small, large, 12),
             "alternate": lambda home: alternate(folder, home, small, large, 20),
+            "back_to_back": lambda home: back_to_back(folder, home, [(small, other), (large, other_large)], 10),
             "calls": lambda home: alternating_calls(folder, home, (small, other), 40),
             "structured": lambda home: structured(home),
             "throughput": lambda home: throughput(folder, home),

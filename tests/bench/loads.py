@@ -44,31 +44,32 @@ def _floor(path: Path) -> float:
         return float(process.stdout.readline())
 
 
-def _rested(router: RouterProcess, model: str) -> None:
+def _rested(router: RouterProcess, model: str, waiting: int = 1) -> None:
     router.client.post(f"/admin/models/{model}/unload")
-    wait_until(lambda: len(router.status()["router"]["standby_pids"]) == 1, "the standby worker is ready")
+    wait_until(lambda: len(router.status()["router"]["standby_pids"]) == waiting, "a worker waits")
 
 
 def cold_loads(folder: Path, home: Path, rounds: dict[str, int]) -> list[dict[str, Any]]:
-    """Floor and ours alternately; medians."""
+    """Floor and ours alternately, for each way to obtain a worker; medians."""
     rows = []
-    with running_router(home, "--models-dir", str(folder), standby=True) as router:
-        for model, times in rounds.items():
-            floor, ours = [], []
-            for _ in range(times + 1):
-                _rested(
-                    router, model
-                )  # before each of them: the start of a standby worker would cost whoever comes next
-                floor.append(_floor(folder / model))
-                ours.append(first_text(router, model))
-            del floor[0], ours[0]  # the first round brings the files into memory
-            swap = router.model(model)["last_swap"]
-            rows.append(
-                {"model": model, "floor": statistics.median(floor), "ours": statistics.median(ours),
-                 "ratio": statistics.median(ours) / statistics.median(floor), "rounds": times,
-                 "stages": json.dumps({k: v for k, v in swap.items() if k.endswith("_seconds")})}
-            )  # fmt: skip
-            print(rows[-1], flush=True)
+    for source in ("fork", "standby", "spawn"):
+        with running_router(home, "--models-dir", str(folder), "--worker-source", source, standby=True) as router:
+            for model, times in rounds.items():
+                floor, ours = [], []
+                for _ in range(times + 1):
+                    # Before each of them: the start of a standby worker would cost whoever comes next.
+                    _rested(router, model, 0 if source == "spawn" else 1)
+                    floor.append(_floor(folder / model))
+                    ours.append(first_text(router, model))
+                    assert router.model(model)["last_swap"]["source"] == source
+                del floor[0], ours[0]  # the first round brings the files into memory
+                swap = router.model(model)["last_swap"]
+                rows.append(
+                    {"model": model, "source": source, "floor": statistics.median(floor), "ours": statistics.median(ours),
+                     "ratio": statistics.median(ours) / statistics.median(floor), "rounds": times,
+                     "stages": json.dumps({k: v for k, v in swap.items() if k.endswith("_seconds")})}
+                )  # fmt: skip
+                print(rows[-1], flush=True)
     return rows
 
 

@@ -1,6 +1,7 @@
 """Two hundred swaps between two models of about 1 GB: does all memory come back, each time and in the end?
 
-``python -m tests.bench.many_swaps --swaps 200`` (`make bench-swaps`) writes docs/benchmarks-swaps.md.
+The swaps follow each other at once. ``python -m tests.bench.many_swaps --swaps 200`` (`make bench-swaps`) writes
+docs/benchmarks-swaps.md.
 """
 
 from __future__ import annotations
@@ -14,17 +15,30 @@ from typing import Any, Final
 
 import psutil
 
-from mlx_router_server.workers.memory import machine_used_bytes, process_bytes
+from mlx_router_server.workers.memory import machine_used_bytes
+from tests.bench.memory import tree_bytes
 from tests.bench.report import machine_lines
 from tests.support.router import RouterProcess, running_router, wait_until
 from tests.tiny_models.random_model import make_random_model
 
 DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "benchmarks-swaps.md"
 _SIZE: Final = 1_000_000_000
+_WARM_UP: Final = 5
+_LOOK_EVERY: Final = 5
 
 
-def _tree_bytes(router: RouterProcess) -> int:
-    return sum(process_bytes(process.pid) for process in [psutil.Process(router.pid), *router.children()])
+def _at_rest(router: RouterProcess) -> dict[str, int]:
+    """What the router and its processes have when nothing is under way."""
+
+    def rests() -> bool:
+        status = router.status()
+        states = sorted(model["state"] for model in status["models"])
+        return len(status["router"]["standby_pids"]) == 1 and set(states) <= {"ready", "unloaded"}
+
+    wait_until(rests, "it rests")
+    process = psutil.Process(router.pid)
+    return {"tree": tree_bytes(router.pid), "children": len(router.children()), "descriptors": process.num_fds(),
+            "threads": process.num_threads()}  # fmt: skip
 
 
 def _measure(folder: Path, home: Path, swaps: int) -> dict[str, Any]:
@@ -34,28 +48,28 @@ def _measure(folder: Path, home: Path, swaps: int) -> dict[str, Any]:
     arguments = ["--models-dir", str(folder), "--max-loaded-models", "1"]
     with running_router(home, *arguments, standby=True) as router:
         trees: list[int] = []
-        for number in range(swaps + 5):
-            wait_until(lambda: len(router.status()["router"]["standby_pids"]) == 1, "the standby is ready")
+        rests: list[dict[str, int]] = []
+        for number in range(swaps + _WARM_UP):
             name = names[number % 2]
             started = time.perf_counter()
             router.generate(name, prompt="go", raw=True, options={"temperature": 0, "num_predict": 1})
-            if number >= 5:  # until every code path has been taken
-                took.append(time.perf_counter() - started)
-                (eviction,) = router.model(name)["last_swap"]["evictions"]
-                evictions.append(eviction)
-                wait_until(lambda: len(router.status()["router"]["standby_pids"]) == 1, "the standby is ready")
-                trees.append(_tree_bytes(router))
-            if number % 20 == 0:
-                print(number, f"tree {_tree_bytes(router) / 1e6:.1f} MB", flush=True)
+            if number < _WARM_UP:  # until every code path has been taken
+                continue
+            took.append(time.perf_counter() - started)
+            evicted = names[1 - number % 2]
+            wait_until(lambda: router.model(evicted)["state"] == "unloaded", "the other one is gone")  # noqa: B023
+            (eviction,) = router.model(name)["last_swap"]["evictions"]
+            evictions.append(eviction)
+            if number % _LOOK_EVERY == 0:
+                rests.append(_at_rest(router))
+                trees.append(rests[-1]["tree"])
+                print(number, rests[-1], flush=True)
         status = router.status()["router"]
-        descriptors = psutil.Process(router.pid).num_fds()
-        children = len(router.children())
     quarter = max(len(trees) // 4, 1)
     return {
-        "swaps": swaps, "took": took, "evictions": evictions, "trees": trees,
+        "swaps": swaps, "took": took, "evictions": evictions, "looks": len(trees), "rests": rests,
         "drift": statistics.median(trees[-quarter:]) / statistics.median(trees[:quarter]) - 1,
         "kills": status["kill_incidents"], "stranded": status["stranded_incidents"],
-        "router": status["memory_bytes"], "descriptors": descriptors, "children": children,
     }  # fmt: skip
 
 
@@ -67,7 +81,8 @@ def _write(found: dict[str, Any], used: int) -> None:
     lines = [
         "# Many swaps",
         "",
-        "Written by `make bench-swaps`: two models of 1 GB with random weights take turns, with room for one.",
+        "Written by `make bench-swaps`: two models of 1 GB with random weights take turns, with room for one, each",
+        "request right after the one before.",
         "",
         *machine_lines(),
         "",
@@ -80,10 +95,17 @@ def _write(found: dict[str, Any], used: int) -> None:
         f"| share of what the process held that the machine got back, median / least | {statistics.median(shares):.2%} / "
         f"{shares[0]:.2%} | 99 % |",
         f"| swaps with at least 99 % back within 2 s, of {len(shares)} | {enough} | all |",
-        f"| drift of the whole tree with one model loaded, last quarter over first | {found['drift']:+.3%} | 1 % |",
+        f"| drift of the whole tree with one model loaded, shared pages counted once, last quarter over first of "
+        f"{found['looks']} looks | {found['drift']:+.3%} | 1 % |",
         f"| workers that had to be killed; memory not seen to be back | {found['kills']}; {found['stranded']} | 0; 0 |",
-        f"| processes under the router at the end (model and standby); its open files | {found['children']}; "
-        f"{found['descriptors']} | 2; constant |",
+        *(
+            f"| {what}, at the first look and at the last | {found['rests'][0][key]}; {found['rests'][-1][key]} | constant |"
+            for what, key in (
+                ("processes under the router", "children"),
+                ("open files of the router", "descriptors"),
+                ("threads of the router", "threads"),
+            )
+        ),
         f"| used memory of the machine, before and after all of it | {used / 1e6:+.0f} MB | noise |",
         "",
         "The machine's memory is read while other programs run on it: a share may be above 100 % or, by what they took",

@@ -1,4 +1,4 @@
-"""Swaps: alternating small and large models against mlx_lm.server doing the same in one process; A B A B at once."""
+"""Swaps against mlx_lm.server doing the same in one process: with pauses, back to back; A B A B at once."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from mlx_router_server.workers.memory import process_bytes
 from tests.bench.bare import SHORT_PROMPT
+from tests.bench.memory import tree_bytes
 from tests.support.router import running_router, wait_until
 
-__all__ = ["alternate", "alternating_calls"]
+__all__ = ["alternate", "alternating_calls", "back_to_back"]
 
 
 def _first_text(port: int, model: str, number: int) -> float:
@@ -43,11 +44,6 @@ def _first_text(port: int, model: str, number: int) -> float:
                 seconds = time.perf_counter() - started
     connection.close()
     return seconds or time.perf_counter() - started
-
-
-def _tree_bytes(pid: int) -> int:
-    process = psutil.Process(pid)
-    return sum(process_bytes(found.pid) for found in [process, *process.children(recursive=True)])
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -109,20 +105,26 @@ def _our_block(folder: Path, home: Path, rounds: dict[str, list[float]], times: 
         port = int(router.url.rpartition(":")[2])
         _swap_back_and_forth(port, {name: name for name in rounds}, rounds, times, router.pid, rested)
         rested()
-        found["our_memory"] = _tree_bytes(router.pid)
-        found["standby"] = sum(process_bytes(pid) for pid in router.status()["router"]["standby_pids"])
+        found["our_memory"] = tree_bytes(router.pid)
 
 
 def _their_block(folder: Path, rounds: dict[str, list[float]], times: int, found: dict[str, Any]) -> None:
-    port, first = _free_port(), next(iter(rounds))
+    with _peer(folder, next(iter(rounds))) as (port, pid):
+        names = {name: str(folder / name) for name in rounds}
+        _swap_back_and_forth(port, names, rounds, times, pid, lambda: None)
+        found["their_memory"] = tree_bytes(pid)
+
+
+@contextmanager
+def _peer(folder: Path, first: str) -> Iterator[tuple[int, int]]:
+    """A running mlx_lm.server: its port and its pid."""
+    port = _free_port()
     command = [sys.executable, "-m", "mlx_lm.server", "--host", "127.0.0.1", "--port", str(port),
                "--model", str(folder / first), "--log-level", "ERROR"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as peer:
         try:
             wait_until(lambda: _answers(port), "mlx_lm.server listens", 60)
-            names = {name: str(folder / name) for name in rounds}
-            _swap_back_and_forth(port, names, rounds, times, peer.pid, lambda: None)
-            found["their_memory"] = _tree_bytes(peer.pid)
+            yield port, peer.pid
         finally:
             peer.terminate()
             peer.wait(20)
@@ -141,6 +143,67 @@ def _swap_back_and_forth(
         print(model, f"{seconds:.3f} s", flush=True)
         if number >= 2:
             rounds[model].append(seconds)
+
+
+def back_to_back(folder: Path, home: Path, pairs: list[tuple[str, str]], swaps: int) -> list[dict[str, Any]]:
+    """Requests that follow each other at once, each for the model of a pair that is not loaded, with room for one.
+
+    Each server has the machine for itself, in blocks ours, theirs, theirs, ours. Medians of seconds from the request to
+    the end of an answer of one token; the first two swaps of a block are not counted. Ours once with memory for both,
+    where one loads while the other exits, and once with a budget that holds one of them only.
+    """
+    rows = []
+    for pair in pairs:
+        both: list[float] = []
+        one: list[float] = []
+        theirs: list[float] = []
+        budget = _budget_for_one(folder, home, pair)
+        for is_ours in (True, False, False, True):
+            if is_ours:
+                both += _our_swaps_at_once(folder, home, pair, swaps)
+                one += _our_swaps_at_once(folder, home, pair, swaps, "--memory-budget", str(budget))
+            else:
+                with _peer(folder, pair[0]) as (port, _):
+                    theirs += _swaps_at_once(port, (str(folder / pair[0]), str(folder / pair[1])), swaps)
+        for memory, ours in (("both", both), ("one", one)):
+            row = {"models": pair, "memory_for": memory, "swaps": len(ours), "ours": statistics.median(ours),
+                   "worst": max(ours), "theirs": statistics.median(theirs), "their_worst": max(theirs),
+                   "ratio": statistics.median(ours) / statistics.median(theirs)}  # fmt: skip
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def _budget_for_one(folder: Path, home: Path, pair: tuple[str, str]) -> int:
+    with running_router(home, "--models-dir", str(folder)) as router:
+        for name in pair:
+            router.client.post(f"/admin/models/{name}/load")
+        return int(max(router.model(name)["reserved_bytes"] for name in pair) * 1.5)
+
+
+def _our_swaps_at_once(folder: Path, home: Path, pair: tuple[str, str], swaps: int, *arguments: str) -> list[float]:
+    arguments = ("--models-dir", str(folder), "--max-loaded-models", "1", *arguments)
+    with running_router(home, *arguments, standby=True) as router:
+        wait_until(lambda: router.status()["router"]["standby_pids"], "it is ready for loads")
+        took = _swaps_at_once(int(router.url.rpartition(":")[2]), pair, swaps)
+        status = router.status()["router"]
+        assert (status["kill_incidents"], status["stranded_incidents"]) == (0, 0)
+    return took
+
+
+def _swaps_at_once(port: int, pair: tuple[str, str], swaps: int) -> list[float]:
+    took = []
+    for number in range(swaps // 2 + 2):
+        body = {"model": pair[number % 2], "prompt": f"{number} {SHORT_PROMPT}", "max_tokens": 1, "temperature": 0}
+        started = time.perf_counter()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        response.read()
+        took.append(time.perf_counter() - started)
+        connection.close()
+    return took[2:]
 
 
 def alternating_calls(folder: Path, home: Path, models: tuple[str, str], calls: int) -> dict[str, float]:
