@@ -1,4 +1,5 @@
-"""Measure and write docs/benchmarks.md: ``python -m tests.bench`` (`make bench`); names of parts run only these."""
+"""Measure and write docs/benchmarks.md: ``python -m tests.bench`` (`make bench`); with names of parts, only
+these are measured and printed."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.bench.loads import cold_loads, readiness, resident_latency
-from tests.bench.report import write_report
+from tests.bench.report import machine_lines, sections, write_report
 from tests.bench.router_figures import crash, first_token, footprint, listing
 from tests.bench.structured import structured
 from tests.bench.swaps import alternate, alternating_calls, back_to_back
@@ -54,6 +55,8 @@ def main() -> None:
             print(name, json.dumps(found[name]), flush=True)
     if not sys.argv[1:]:
         write_report(found)
+    else:
+        print("\n".join([*machine_lines(), "", *sections(found)]))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from tests.bench.bare import SHORT_PROMPT
+from tests.bench.idle import wait_idle
 from tests.support.router import RouterProcess, running_router, wait_until
 
 __all__ = ["cold_loads", "first_text", "readiness", "resident_latency"]
@@ -46,7 +47,8 @@ def _floor(path: Path) -> float:
 
 def _rested(router: RouterProcess, model: str, waiting: int = 1) -> None:
     router.client.post(f"/admin/models/{model}/unload")
-    wait_until(lambda: len(router.status()["router"]["standby_pids"]) == waiting, "a worker waits")
+    wait_until(lambda: len(router.status()["router"]["standby_pids"]) >= waiting, "a worker waits")
+    wait_idle(router.pid)
 
 
 def cold_loads(folder: Path, home: Path, rounds: dict[str, int]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +14,7 @@ import psutil
 
 from tests.bench.throughput import ROUNDS
 
-__all__ = ["machine_lines", "write_report"]
+__all__ = ["machine_lines", "sections", "write_report"]
 
 DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
@@ -32,11 +33,6 @@ def machine_lines() -> list[str]:
 
 def write_report(found: dict[str, Any]) -> None:
     """All figures of one run; see ``tests.bench.__main__`` for what they are."""
-    first, died, idle, lists = found["first_token"], found["crash"], found["footprint"], found["listing"]
-    watched = found["watching"]
-    ready, resident = found["readiness"], found["resident"]
-    made = found["structured"]
-    swap, calls, rows = found["alternate"], found["calls"], found["back_to_back"]
     lines = [
         "# Benchmarks",
         "",
@@ -45,6 +41,25 @@ def write_report(found: dict[str, Any]) -> None:
         "",
         *machine_lines(),
         "",
+        *sections(found),
+        *_router_itself(found),
+    ]
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    DOCUMENT.write_text("\n".join(lines), encoding="utf-8")
+    print(DOCUMENT.read_text(encoding="utf-8"))
+
+
+def sections(found: dict[str, Any]) -> list[str]:
+    """The sections of the parts that were measured, as lines of Markdown."""
+    parts: dict[str, Callable[[Any], list[str]]] = {
+        "throughput": _throughput, "cold_loads": _cold_loads, "alternate": _alternate, "back_to_back": _back_to_back,
+        "structured": _structured,
+    }  # fmt: skip
+    return [line for name, render in parts.items() if name in found for line in render(found[name])]
+
+
+def _throughput(rows: list[dict[str, Any]]) -> list[str]:
+    return [
         "## Decoding through HTTP over the bare batch generator",
         "",
         "Tokens per second of all streams together, `/api/chat` streamed, greedy, random bfloat16 models. The floor is",
@@ -54,14 +69,17 @@ def write_report(found: dict[str, Any]) -> None:
         "",
         "| model | streams | bare tokens/s | HTTP tokens/s | ratio | middle half |",
         "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['model']} | {r['streams']} | {r['floor']:.1f} | {r['http']:.1f} | **{r['ratio']:.3f}** | "
-        f"{r['range'][0]:.3f} to {r['range'][1]:.3f} |"
-        for r in found["throughput"]
-    ]
-    lines += [
+        *(
+            f"| {r['model']} | {r['streams']} | {r['floor']:.1f} | {r['http']:.1f} | **{r['ratio']:.3f}** | "
+            f"{r['range'][0]:.3f} to {r['range'][1]:.3f} |"
+            for r in rows
+        ),
         "",
+    ]
+
+
+def _cold_loads(rows: list[dict[str, Any]]) -> list[str]:
+    return [
         "## Cold loads",
         "",
         "From a request to its first token at the client, model not loaded, after a pause; the floor is a process",
@@ -71,13 +89,16 @@ def write_report(found: dict[str, Any]) -> None:
         "",
         "| model | worker_source | rounds | floor | ours | ratio |",
         "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['model']} | {r['source']} | {r['rounds']} | {r['floor']:.3f} s | {r['ours']:.3f} s | **{r['ratio']:.3f}** |"
-        for r in found["cold_loads"]
-    ]
-    lines += [
+        *(
+            f"| {r['model']} | {r['source']} | {r['rounds']} | {r['floor']:.3f} s | {r['ours']:.3f} s | **{r['ratio']:.3f}** |"
+            for r in rows
+        ),
         "",
+    ]
+
+
+def _alternate(swap: dict[str, Any]) -> list[str]:
+    return [
         "## Swaps against mlx_lm.server",
         "",
         "`python -m mlx_lm.server` and mlx-router in one run, one after the other (ours, theirs, theirs, ours), each swapping",
@@ -88,16 +109,19 @@ def write_report(found: dict[str, Any]) -> None:
         "",
         "| to | mlx-router | mlx_lm.server |",
         "|---|---|---|",
-    ]
-    lines += [
-        f"| {model} | {swap['ours'][model]:.3f} s | {swap['theirs'][model]:.3f} s |"
-        for model in (swap["small"], swap["large"])
-    ]
-    lines += [
+        *(
+            f"| {model} | {swap['ours'][model]:.3f} s | {swap['theirs'][model]:.3f} s |"
+            for model in (swap["small"], swap["large"])
+        ),
         f"| both, ratio | **{swap['ratio']:.3f}** | 1 |",
         f"| memory of the process tree after the last swap back to {swap['small']}, shared pages counted once | "
         f"{swap['our_memory'] / 1e6:.0f} MB | {swap['their_memory'] / 1e6:.0f} MB |",
         "",
+    ]
+
+
+def _back_to_back(rows: list[dict[str, Any]]) -> list[str]:
+    return [
         "## Swaps back to back",
         "",
         "The same without any pause, and between models of one size: each request is sent when the one before is answered,",
@@ -113,6 +137,11 @@ def write_report(found: dict[str, Any]) -> None:
             for r in rows
         ),
         "",
+    ]
+
+
+def _structured(made: dict[str, Any]) -> list[str]:
+    return [
         "## Structured output",
         "",
         f"A random model of {made['megabytes']:.0f} MB with a vocabulary of {made['vocabulary']}, {made['streams']} streams, in the engine",
@@ -128,6 +157,13 @@ def write_report(found: dict[str, Any]) -> None:
         f"Valid JSON by the same model, which knows nothing, at temperature 1: {made['valid_alone']} of 100 alone, {made['valid_mixed']} of 100 in",
         "batches of 16 that are shared with free streams.",
         "",
+    ]
+
+
+def _router_itself(found: dict[str, Any]) -> list[str]:
+    first, died, idle, lists = found["first_token"], found["crash"], found["footprint"], found["listing"]
+    watched, ready, resident, calls = found["watching"], found["readiness"], found["resident"], found["calls"]
+    return [
         "## The router itself",
         "",
         "| what | figure | limit |",
@@ -163,6 +199,3 @@ def write_report(found: dict[str, Any]) -> None:
         f"| CPU of the idle router over 20 s | {idle['cpu_percent']:.2f} % | about 0 % |",
         "",
     ]
-    DOCUMENT.parent.mkdir(exist_ok=True)
-    DOCUMENT.write_text("\n".join(lines), encoding="utf-8")
-    print(DOCUMENT.read_text(encoding="utf-8"))

@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from tests.bench.bare import SHORT_PROMPT
+from tests.bench.idle import wait_idle
 from tests.bench.memory import tree_bytes
 from tests.support.router import running_router, wait_until
 
@@ -44,23 +43,6 @@ def _first_text(port: int, model: str, number: int) -> float:
                 seconds = time.perf_counter() - started
     connection.close()
     return seconds or time.perf_counter() - started
-
-
-def _cpu_seconds(pid: int) -> float:
-    process = psutil.Process(pid)
-    times = [found.cpu_times() for found in [process, *process.children(recursive=True)]]
-    return sum(time.user + time.system for time in times)
-
-
-def _wait_idle(pid: int) -> None:
-    """Until nothing of this process tree computes any more."""
-
-    def idle() -> bool:
-        before = _cpu_seconds(pid)
-        time.sleep(0.25)
-        return _cpu_seconds(pid) - before < 0.03
-
-    wait_until(idle, "it is idle", 60)
 
 
 def _free_port() -> int:
@@ -138,7 +120,7 @@ def _swap_back_and_forth(
     for number in range(2 * times + 2):
         model = (large, small)[number % 2]
         rested()
-        _wait_idle(pid)  # what it still does after an answer would be counted with the next swap
+        wait_idle(pid)  # what it still does after an answer would be counted with the next swap
         seconds = _first_text(port, names[model], number)
         print(model, f"{seconds:.3f} s", flush=True)
         if number >= 2:
