@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import pty
+import re
 import select
 import signal
 import stat
@@ -181,6 +182,10 @@ def test_doctor_finds_nothing_wrong_and_what_is_wrong(home: Path, router: Router
     assert healthy.returncode == 0, healthy.stdout
     assert found["trial"]["level"] == "ok"
     assert "answered in" in found["trial"]["text"]
+    source = found["worker source"]
+    assert source["level"] == "ok"
+    assert ("are forked" if sys.platform == "linux" else "idle workers") in source["text"]
+    assert re.search(r"loaded again in \d+ ms", source["text"])
     assert found["port"]["text"].startswith("an mlx-router answers")
     assert (found["hub"]["level"], "HF_ENDPOINT" in found["hub"]["fix"]) == ("warning", True)
     assert found["leftovers"]["level"] == "ok"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from mlx_router_server.workers.forking import ForkServer
 from mlx_router_server.workers.source import Origin, SourceKind
+from tests.support.command import command
 from tests.support.router import RouterProcess, running_router, still_alive, wait_until
 from tests.support.sources import run_bounded, running_source, server_pid
 from tests.tiny_models.random_model import make_random_model
@@ -127,16 +129,21 @@ def test_the_end_of_a_fork_server_is_one_failure_however_many_wait_for_it() -> N
     run_bounded(test)
 
 
-def test_a_fork_server_whose_libraries_start_threads_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Forking a process of several threads may leave a lock taken for ever in the child."""
-    (tmp_path / "sitecustomize.py").write_text(
+def _path_with_threads(folder: Path) -> str:
+    """A PYTHONPATH that has each fork server start a thread, as a library might."""
+    (folder / "sitecustomize.py").write_text(
         "import sys, threading, time\n"
         "if 'mlx_router_worker.fork_server' in sys.orig_argv:\n"
         "    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
     )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")])))
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
+def test_a_fork_server_whose_libraries_start_threads_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Forking a process of several threads may leave a lock taken for ever in the child."""
+    monkeypatch.setenv("PYTHONPATH", _path_with_threads(tmp_path))
 
     async def test() -> None:
         async with running_source() as source:
@@ -146,6 +153,17 @@ def test_a_fork_server_whose_libraries_start_threads_is_not_used(
             assert "threads" in view.reason
 
     run_bounded(test)
+
+
+@pytest.mark.slow
+def test_doctor_says_why_workers_are_not_forked(tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": _path_with_threads(tmp_path), "HF_HOME": str(tmp_path)}
+    done = command("doctor", "--json", home=tmp_path, environment=environment)
+    (source,) = (found for found in json.loads(done.stdout) if found["about"] == "worker source")
+    assert source["level"] == "warning"
+    assert source["text"].startswith("idle workers wait for models")
+    assert "threads" in source["text"]
+    assert "worker_source" in source["fix"]
 
 
 def test_engines_that_models_have_needed_are_imported_by_the_next_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +279,29 @@ def test_no_request_fails_when_the_fork_server_does(tmp_path: Path, number: sign
         assert len(hits) >= 3
         assert router.status()["router"]["kill_incidents"] == 0
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in hits)
+
+
+def test_nothing_is_forked_ahead_while_a_request_waits_for_its_first_token(tmp_path: Path) -> None:
+    """A start of another worker would compete with it for the cores."""
+    make_random_model(tmp_path / "models" / "one", size_bytes=8_000_000, seed=1)
+    body = {"prompt": "go " * 2000, "raw": True, "options": {"temperature": 0, "num_predict": 1}}
+    with (
+        running_router(tmp_path, "--models-dir", str(tmp_path / "models"), standby=True) as router,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        _fork_server(router)
+        answer = pool.submit(router.generate, "one", **body)
+        looks = []
+        while not answer.done():
+            status = router.status()
+            (model,) = (found for found in status["models"] if found["name"] == "one:latest")
+            if model["state"] in ("loading", "ready"):
+                looks.append((model["last_swap"]["first_token_seconds"] is not None, status["router"]["standby_pids"]))
+        assert answer.result()["done"]
+        waiting = [pids for has_token, pids in looks if not has_token]
+        assert len(waiting) > 5
+        assert not any(waiting)
+        assert _fork_server(router), "one is forked afterwards"
 
 
 @pytest.mark.slow

@@ -124,11 +124,13 @@ class Run:
 
     async def _wait_for_first_token(self) -> None:
         """A request that has waited for the load shall not share the cores with the router's own work."""
-        try:
-            async with asyncio.timeout(_FIRST_TOKEN_SECONDS):
-                await self.settled.wait()
-        except TimeoutError:
-            self.settled.set()
+        while not self.settled.is_set():
+            try:
+                async with asyncio.timeout(_FIRST_TOKEN_SECONDS):
+                    await self.settled.wait()
+            except TimeoutError:
+                if self.handle is None or not self.handle.unfinished_requests:  # it was loaded for nobody
+                    self.settled.set()
 
     async def _get_process(self, source: WorkerSource) -> WorkerHandle:
         supply = await source.take(self.plan.engine, self._on_process)

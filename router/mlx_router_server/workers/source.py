@@ -96,7 +96,8 @@ class WorkerSource:
         self._processes = processes
         self._server: ForkServer | None = None
         self._server_starting: asyncio.Task[ForkServer] | None = None
-        self._retired: list[ForkServer] = []
+        self._servers: list[ForkServer] = []
+        """All that have not ended: the present one, and former ones that wait for the end of their workers."""
         self._engines: tuple[str, ...] = _SHARED_ENGINES
         self._not_shared: set[str] = set(_CHEAP_ENGINES)
         """Engine kinds that a fork server does not import."""
@@ -147,7 +148,7 @@ class WorkerSource:
         """Obtain workers this way from now on."""
         self._configure(kind, standby_workers)
         if self.kind is not SourceKind.FORK and self._server is not None:
-            self._retire(self._server)
+            self._server.retire()
             self._server = None
 
     # ------------------------------------------------------------------------------ workers
@@ -286,6 +287,7 @@ class WorkerSource:
         server = await ForkServer.start(engines)
         self._processes.note_helper(server.pid)
         server.on_exit = self._processes.forget_helper
+        self._servers = [*(other for other in self._servers if not other.has_ended), server]
         return server
 
     async def _replace_server(self) -> None:
@@ -304,15 +306,11 @@ class WorkerSource:
         else:
             self._not_shared.update(ready.import_errors)
             if self._server is not None:
-                self._retire(self._server)
+                self._server.retire()
             self._server = new
             log.info("event=fork_server_ready pid=%d engines=%s", new.pid, ",".join(ready.engines))
         finally:
             self._replacing = None
-
-    def _retire(self, server: ForkServer) -> None:
-        server.retire()
-        self._retired = [*(other for other in self._retired if not other.has_ended), server]
 
     def _note_fork_failure(self, server: ForkServer, reason: str) -> None:
         """Do without a fork server after several failures in a row; its end is one failure for all who wait for it."""
@@ -326,7 +324,7 @@ class WorkerSource:
             log.warning("event=fork_server_given_up reason=%r instead=%s", reason, self.kind.value)
             self._apply()
         if is_given_up or not server.usable:
-            self._retire(server)
+            server.retire()
             self._server = None
 
     # --------------------------------------------------------------------------------- end
@@ -345,8 +343,7 @@ class WorkerSource:
 
     async def close(self) -> None:
         """End the fork servers. Called after the end of the last worker, whose exit status they report."""
-        servers = [*self._retired, *([self._server] if self._server is not None else [])]
-        await asyncio.gather(*(server.close() for server in servers), return_exceptions=True)
+        await asyncio.gather(*(server.close() for server in self._servers), return_exceptions=True)
 
 
 def _resolve(kind: SourceKind, standby_workers: int) -> SourceKind:
