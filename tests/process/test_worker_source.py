@@ -284,7 +284,7 @@ def test_no_request_fails_when_the_fork_server_does(tmp_path: Path, number: sign
 def test_nothing_is_forked_ahead_while_a_request_waits_for_its_first_token(tmp_path: Path) -> None:
     """A start of another worker would compete with it for the cores."""
     make_random_model(tmp_path / "models" / "one", size_bytes=8_000_000, seed=1)
-    body = {"prompt": "go " * 2000, "raw": True, "options": {"temperature": 0, "num_predict": 1}}
+    body = {"prompt": "go " * 300, "raw": True, "options": {"temperature": 0, "num_predict": 1}}
     with (
         running_router(tmp_path, "--models-dir", str(tmp_path / "models"), standby=True) as router,
         ThreadPoolExecutor(1) as pool,
