@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,6 +170,7 @@ def running_router(home: Path, *arguments: str, **more: Any) -> Iterator[RouterP
     try:
         yield router
     except BaseException:
+        traceback.print_exc()  # before a stop that may fail as well
         print(f"log of the router:\n{router.log}", file=sys.stderr)
         raise
     finally:
