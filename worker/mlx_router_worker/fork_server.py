@@ -3,14 +3,14 @@
 A forked worker has paid for no import and shares the pages of the imported modules with its siblings. What makes the
 fork safe:
 
-- One thread. A fork copies only the calling thread, so a lock that another one holds stays locked for ever in the
+- One thread. A fork copies only the calling thread, so a lock that another one holds is never released in the
   child. The number of threads is checked before each fork.
 - No MLX operation, and no GPU. MLX's stream threads and a GPU driver's state do not survive a fork.
 - No ZeroMQ context, no event loop, no signal handlers, no secrets: the environment is a worker's, and each token is
   read by the worker itself.
 - Own random numbers, session and standard streams for each worker; descriptors of the fork server are closed in it.
 
-Its standard input is the control socket; see ``mlx_router_shared.forking``. When that closes, the router is gone.
+Its standard input is the control socket; see ``mlx_router_shared.forking``. When that closes, the router has ended.
 """
 
 from __future__ import annotations
@@ -130,10 +130,10 @@ class _ForkServer:
         try:
             socket.send_fds(self._control, [encode_forking(message)], descriptors or [])
         except OSError:
-            os._exit(0)  # the router is gone
+            os._exit(0)  # the router has ended
 
     def run(self) -> None:
-        """Serve until the router is gone; returns in each forked worker only."""
+        """Serve until the router has ended; returns in each forked worker only."""
         while not (self._is_retired and not self._workers):
             for key, _ in self._selector.select():
                 if key.fileobj is not self._control:
@@ -151,7 +151,7 @@ class _ForkServer:
         except OSError:
             data, descriptors = b"", []
         if not data:
-            os._exit(0)  # the router is gone, and the workers notice it by themselves
+            os._exit(0)  # the router has ended, which the workers notice by themselves
         try:
             message = decode_to_fork_server(data)
         except ProtocolError as error:

@@ -214,7 +214,7 @@ class ForkServer:
         return WorkerProcess(worker_id, process)
 
     def _abandon(self, number: int) -> None:
-        """Forget a request whose answer may have come already, or is still to come."""
+        """Forget a request, whether it has been answered or not."""
         del self._statuses[number]
         answer = self._answers[number]
         if answer.done() and not answer.cancelled() and answer.exception() is None:

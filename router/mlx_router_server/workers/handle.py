@@ -167,7 +167,7 @@ class WorkerHandle:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that its end would free; 0 when it is gone."""
+        """Bytes that its end would free; 0 when it has ended."""
         return max(process_bytes(self.pid) - self.shared_bytes, 0)
 
     @property

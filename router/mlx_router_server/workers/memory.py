@@ -55,7 +55,7 @@ def process_bytes(pid: int) -> int:
 def shared_bytes(pid: int) -> int:
     """Bytes of ``process_bytes`` that other processes use as well, so that they stay when this one ends (Linux).
 
-    0 when it is gone or may not be read. The kernel walks every page of the process: some milliseconds per gigabyte.
+    0 when it has ended or may not be read. The kernel walks every page of the process: some milliseconds per gigabyte.
     """
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii", errors="replace")

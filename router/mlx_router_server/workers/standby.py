@@ -115,7 +115,7 @@ class StandbyPool:
     def refill(self) -> None:
         """Start what is missing, at a low priority."""
         missing = self.wanted - len(self.workers) - len(self._starting)
-        # An installation that cannot start workers must not start them for ever; a load reports what is wrong.
+        # An installation that cannot start workers must not try without end; a load reports what is wrong.
         if missing > 0 and self._failures < _MOST_FAILURES and not self._is_closed:
             for _ in range(missing):
                 self._begin("mlx", background=True)

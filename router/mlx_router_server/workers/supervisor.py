@@ -249,7 +249,7 @@ class Supervisor:
 
     @property
     def source(self) -> SourceView:
-        """Where workers come from."""
+        """How workers are obtained."""
         return self._source.view()
 
     @property

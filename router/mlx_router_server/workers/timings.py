@@ -47,7 +47,7 @@ class SwapTimings:
     standby: bool = False
     """Whether its worker was waiting for it, or was forked."""
     source: str = ""
-    """Where its worker comes from: ``fork``, ``standby`` or ``spawn``; empty until there is one."""
+    """How its worker was obtained: ``fork``, ``standby`` or ``spawn``; empty until there is one."""
     yielded: bool = False
     """It was read more slowly, because others were answering."""
     spawn_seconds: float = 0.0
