@@ -66,7 +66,8 @@ class WorkerProcesses:
             worker_id, engine, process, self._link, token, is_forked=fork_server is not None
         )  # fmt: skip
         if handle.is_forked:
-            handle.shared_bytes = process_bytes(process.pid)  # it has written to hardly any page yet
+            # All of it now; until its first token it will have written to about half of the pages. Measured then.
+            handle.shared_bytes = process_bytes(process.pid) // 2
         self._workers[process.pid] = handle
         handle.on_hello = self._on_hello
         handle.on_reaped = self._forget

@@ -116,10 +116,10 @@ class Run:
 
     async def _measure(self, handle: WorkerHandle) -> None:
         """Note what the model takes. After its first token, because a request waits for that."""
-        at_hello = handle.shared_bytes
+        assumed = handle.shared_bytes
         await asyncio.to_thread(handle.measure_shared)
         if self.plan.engine != "fake":
-            self._loaded_bytes += max(at_hello - handle.shared_bytes, 0)
+            self._loaded_bytes += max(assumed - handle.shared_bytes, 0)
         self._note_measured(self._loaded_bytes)
 
     async def _wait_for_first_token(self) -> None:
