@@ -290,8 +290,11 @@ def test_nothing_is_forked_ahead_while_a_request_waits_for_its_first_token(tmp_p
         running_router(tmp_path, "--models-dir", str(tmp_path / "models"), standby=True) as router,
         ThreadPoolExecutor(1) as pool,
     ):
+        router.client.post("/admin/models/demo/load")
         _fork_server(router)
         answer = pool.submit(router.generate, "one", **body)
+        router.wait_state("one", "ready")
+        router.client.post("/admin/models/demo/unload")  # after the end of a worker, too
         looks = []
         while not answer.done():
             status = router.status()
@@ -303,6 +306,16 @@ def test_nothing_is_forked_ahead_while_a_request_waits_for_its_first_token(tmp_p
         assert len(waiting) > 5
         assert not any(waiting)
         assert _fork_server(router), "one is forked afterwards"
+
+
+def test_a_model_that_replaces_another_is_loaded_at_full_speed(tmp_path: Path) -> None:
+    """The one that exits has just answered, but answers nobody any more: the load need not leave it bandwidth."""
+    arguments = ["--models-dir", _models(tmp_path), "--max-loaded-models", "1"]
+    with running_router(tmp_path, *arguments, standby=True) as router:
+        _fork_server(router)
+        for name in ("one", "two", "one"):
+            router.generate(name, **_QUICK)
+            assert not router.model(name)["last_swap"]["yielded"]
 
 
 @pytest.mark.slow
