@@ -167,6 +167,7 @@ def test_doctor_says_why_workers_are_not_forked(tmp_path: Path) -> None:
     assert "worker_source" in source["fix"]
 
 
+@pytest.mark.slow
 def test_engines_that_models_have_needed_are_imported_by_the_next_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_router_server.workers.source._SHARED_ENGINES", ("mlx",))
 
@@ -282,6 +283,7 @@ def test_no_request_fails_when_the_fork_server_does(tmp_path: Path, number: sign
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in hits)
 
 
+@pytest.mark.slow
 def test_nothing_is_forked_ahead_while_a_request_waits_for_its_first_token(tmp_path: Path) -> None:
     """A start of another worker would compete with it for the cores."""
     make_random_model(tmp_path / "models" / "one", size_bytes=8_000_000, seed=1)
@@ -376,6 +378,7 @@ exec setpriv --no-new-privs "$@"
 """
 
 
+@pytest.mark.slow
 def test_it_works_in_the_sandbox_of_the_unit(tmp_path: Path) -> None:
     """PrivateUsers, PrivateTmp, ProtectSystem=strict and NoNewPrivileges."""
     if subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "true"], check=False).returncode:
