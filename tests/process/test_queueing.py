@@ -85,7 +85,8 @@ def test_positions_and_priorities_are_visible_and_hold(home: Path) -> None:
         order: list[str] = []
 
         def ask(name: str, priority: str) -> None:
-            body = {"model": "a", "prompt": "go", "stream": False, "options": {"num_predict": 1}}
+            # Answers of 0.2 s, so that the ends of two are not mixed up by the threads that wait for them.
+            body = {"model": "a", "prompt": "go", "stream": False, "options": {"num_predict": 10}}
             assert call(router, "POST", "/api/generate", body, X_Priority=priority).status == 200
             order.append(name)
 
