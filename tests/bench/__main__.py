@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from tests.bench.imports import imports
 from tests.bench.loads import cold_loads, readiness, resident_latency
 from tests.bench.report import machine_lines, sections, write_report
 from tests.bench.router_figures import crash, first_token, footprint, listing
@@ -38,6 +39,7 @@ def main() -> None:
             "watching": watching,
             "first_token": first_token,
             "readiness": lambda home: readiness(folder, home, small, 100),
+            "imports": lambda home: imports(),
             "cold_loads": lambda home: cold_loads(folder, home, {small: 9, middle: 9, large: 7}),
             "resident": lambda home: resident_latency(folder, home, small, large, 12),
             "alternate": lambda home: alternate(folder, home, small, large, 20),

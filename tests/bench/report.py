@@ -52,7 +52,7 @@ def write_report(found: dict[str, Any]) -> None:
 def sections(found: dict[str, Any]) -> list[str]:
     """The sections of the parts that were measured, as lines of Markdown."""
     parts: dict[str, Callable[[Any], list[str]]] = {
-        "throughput": _throughput, "cold_loads": _cold_loads, "alternate": _alternate, "back_to_back": _back_to_back,
+        "throughput": _throughput, "imports": _imports, "cold_loads": _cold_loads, "alternate": _alternate, "back_to_back": _back_to_back,
         "structured": _structured,
     }  # fmt: skip
     return [line for name, render in parts.items() if name in found for line in render(found[name])]
@@ -74,6 +74,22 @@ def _throughput(rows: list[dict[str, Any]]) -> list[str]:
             f"{r['range'][0]:.3f} to {r['range'][1]:.3f} |"
             for r in rows
         ),
+        "",
+    ]
+
+
+def _imports(seconds: dict[str, float]) -> list[str]:
+    return [
+        "## Imports of a worker",
+        "",
+        "What a start without any warm worker pays, in a process of its own, medians of 9. Of `import mlx_lm` the larger part",
+        "are two readings of all of its model files by transformers, which cannot be avoided without changing libraries.",
+        "",
+        "| what | seconds |",
+        "|---|---|",
+        f"| all imports of a worker for text | {seconds['worker']:.2f} |",
+        f"| `import mlx_lm` alone | {seconds['mlx_lm']:.2f} |",
+        f"| the two readings of transformers' model files in it | {seconds['scans']:.2f} |",
         "",
     ]
 
