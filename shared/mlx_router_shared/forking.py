@@ -7,6 +7,7 @@ fork server: the worker reads its token from its own standard input.
 
 from __future__ import annotations
 
+import os
 from typing import Final
 
 from msgspec import Struct
@@ -21,6 +22,7 @@ __all__ = [
     "Retire",
     "ToForkServer",
     "WorkerEnded",
+    "exit_status",
 ]
 
 MAX_FORK_MESSAGE_BYTES: Final = 65_536
@@ -73,6 +75,11 @@ class WorkerEnded(Struct, frozen=True, kw_only=True, tag="ended"):
     """The one that it was forked for."""
     status: int
     """Its exit status; negative numbers are signals, as in ``subprocess``."""
+
+
+def exit_status(result: os.waitid_result) -> int:
+    """Return the exit status of a process that ``os.waitid`` has reaped; negative numbers are signals."""
+    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
 
 
 FromForkServer = ForkServerReady | Forked | ForkFailed | WorkerEnded

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from mlx_router_server.workers.forking import ForkServer
-from mlx_router_server.workers.source import Origin, SourceKind
+from mlx_router_server.workers.source import SourceKind
 from tests.support.command import command
 from tests.support.router import RouterProcess, running_router, still_alive, wait_until
 from tests.support.sources import run_bounded, running_source, server_pid
@@ -38,7 +38,7 @@ def test_a_load_is_served_when_the_fork_server_fails_during_its_imports(number: 
                     await asyncio.sleep(0)
             os.kill(pid, number)
             supply = await taking
-            assert supply.origin is Origin.SPAWN
+            assert supply.origin is SourceKind.SPAWN
             source.refill()
             assert await server_pid(source) != pid, "it is replaced"
             await supply.worker.stop("done", 2)
@@ -53,14 +53,14 @@ def test_a_load_is_served_when_the_fork_server_fails_before_it_forks(number: sig
             source.prepare("mlx")
             pid = await server_pid(source)
             first = await source.take("mlx")
-            assert first.origin is Origin.FORK
+            assert first.origin is SourceKind.FORK
             os.kill(pid, number)
             supplies = await asyncio.gather(*(source.take("mlx") for _ in range(2)))
-            assert {supply.origin for supply in supplies} <= {Origin.SPAWN, Origin.FORK}
+            assert {supply.origin for supply in supplies} <= {SourceKind.SPAWN, SourceKind.FORK}
             await first.worker.get_stats(2)
             source.refill()
             assert await server_pid(source) != pid, "it is replaced"
-            assert (await source.take("mlx")).origin is Origin.FORK
+            assert (await source.take("mlx")).origin is SourceKind.FORK
 
     run_bounded(test)
 
@@ -84,7 +84,7 @@ def test_a_load_is_served_when_the_forked_worker_fails_before_its_hello(
         async with running_source() as source:
             for attempt in range(3):
                 supply = await source.take("fake")
-                assert supply.origin is Origin.SPAWN
+                assert supply.origin is SourceKind.SPAWN
                 assert len(forked) == attempt + 1
                 await supply.worker.stop("done", 2)
             # After three failures in a row it is not tried any more for a while; idle workers take its place.
@@ -110,7 +110,7 @@ def test_a_worker_that_is_quicker_than_the_router_is_heard(monkeypatch: pytest.M
 
     async def test() -> None:
         async with running_source() as source:
-            assert (await source.take("fake")).origin is Origin.FORK
+            assert (await source.take("fake")).origin is SourceKind.FORK
 
     run_bounded(test)
 
@@ -123,9 +123,9 @@ def test_the_end_of_a_fork_server_is_one_failure_however_many_wait_for_it() -> N
                 while not (pid := source.view().fork_server_pid or 0):  # noqa: ASYNC110  # it has no event of its own
                     await asyncio.sleep(0)
             os.kill(pid, signal.SIGKILL)
-            assert {supply.origin for supply in await asyncio.gather(*taking)} == {Origin.SPAWN}
+            assert {supply.origin for supply in await asyncio.gather(*taking)} == {SourceKind.SPAWN}
             assert source.view().kind is SourceKind.FORK
-            assert (await source.take("fake")).origin is Origin.FORK
+            assert (await source.take("fake")).origin is SourceKind.FORK
 
     run_bounded(test)
 
@@ -143,12 +143,12 @@ def _path_with_threads(folder: Path) -> str:
 def test_a_fork_server_whose_libraries_start_threads_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Forking a process of several threads may leave a lock taken for ever in the child."""
+    """A lock that another thread holds at the fork is never released in the child."""
     monkeypatch.setenv("PYTHONPATH", _path_with_threads(tmp_path))
 
     async def test() -> None:
         async with running_source() as source:
-            assert (await source.take("fake")).origin is Origin.SPAWN
+            assert (await source.take("fake")).origin is SourceKind.SPAWN
             view = source.view()
             assert (view.kind, view.fork_server_pid) == (SourceKind.STANDBY, None)
             assert "threads" in view.reason
@@ -175,7 +175,7 @@ def test_engines_that_models_have_needed_are_imported_by_the_next_fork_server(mo
         async with running_source() as source:
             source._engines = ("mlx",)
             supply = await source.take("embed")
-            assert supply.origin is Origin.FORK, "the fork imports it by itself"
+            assert supply.origin is SourceKind.FORK, "the fork imports it by itself"
             first = await server_pid(source)
             source.refill()
             assert source._replacing is not None
@@ -200,14 +200,14 @@ def test_the_fork_server_can_be_switched_off_and_on(tmp_path: Path) -> None:
     async def test() -> None:
         async with running_source(SourceKind.SPAWN) as source:
             source.refill()
-            assert (await source.take("fake")).origin is Origin.SPAWN
+            assert (await source.take("fake")).origin is SourceKind.SPAWN
             assert source.view().fork_server_pid is None
             source.reconfigure(SourceKind.FORK, 1)
             source.refill()
             pid = await server_pid(source)
-            assert (await source.take("fake")).origin is Origin.FORK
+            assert (await source.take("fake")).origin is SourceKind.FORK
             source.reconfigure(SourceKind.STANDBY, 1)
-            assert (await source.take("fake")).origin is Origin.SPAWN
+            assert (await source.take("fake")).origin is SourceKind.SPAWN
             assert source.view().kind is SourceKind.STANDBY
             assert psutil.pid_exists(pid), "its worker lives"
 

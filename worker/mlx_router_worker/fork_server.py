@@ -36,6 +36,7 @@ from mlx_router_shared.forking import (
     FromForkServer,
     Retire,
     WorkerEnded,
+    exit_status,
 )
 from mlx_router_worker.engine_imports import ENGINE_KINDS, import_engine
 from mlx_router_worker.mlx_device import is_cpu_only
@@ -209,8 +210,7 @@ class _ForkServer:
         assert result is not None
         self._selector.unregister(pidfd)
         os.close(pidfd)
-        status = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
-        self.send(WorkerEnded(request=self._workers.pop(pidfd), status=status))
+        self.send(WorkerEnded(request=self._workers.pop(pidfd), status=exit_status(result)))
 
 
 def _exit_on_protocol_error(reason: str) -> NoReturn:

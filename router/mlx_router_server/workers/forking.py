@@ -31,6 +31,7 @@ from mlx_router_shared.forking import (
     Retire,
     ToForkServer,
     WorkerEnded,
+    exit_status,
 )
 
 __all__ = ["ForkServer", "ForkUnavailable"]
@@ -48,7 +49,7 @@ _CLOSE_SECONDS: Final = 1.0
 
 
 class ForkUnavailable(Exception):
-    """The fork server cannot fork a worker; another way to start one has to be taken."""
+    """The fork server cannot fork a worker: start one in another way."""
 
 
 class _ForkedProcess:
@@ -119,9 +120,7 @@ def _reap_orphan(pid: int) -> int | None:
         result = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
     except OSError:
         return None
-    if result is None:
-        return None
-    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+    return exit_status(result) if result is not None else None
 
 
 class ForkServer:

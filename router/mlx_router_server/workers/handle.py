@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Final, assert_never
 
+from mlx_router_server.workers.inbox import Inbox
 from mlx_router_server.workers.launcher import WorkerProcess
 from mlx_router_server.workers.link import WorkerLink
 from mlx_router_server.workers.liveness import Liveness
@@ -48,7 +49,6 @@ from mlx_router_shared.protocol import LoadFailed as LoadFailedMessage
 
 __all__ = ["StopReport", "WorkerHandle", "WorkerLeft"]
 
-_MOST_UNREAD_EVENTS: Final = 20_000
 _HUNG_SECONDS: Final = 1.0
 _TERM_SECONDS: Final = 3.0
 _KILL_SECONDS: Final = 10.0
@@ -70,36 +70,6 @@ class StopReport:
 
 class WorkerLeft(WorkerDied):
     """The worker exited, or never got the request, for reasons that have nothing to do with it: try another worker."""
-
-
-class _Inbox:
-    """The events of one request that nobody has read yet."""
-
-    __slots__ = ("_events", "_waiter", "closed")
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-        self._waiter: asyncio.Future[None] | None = None
-        self.closed = False
-
-    def put(self, events: list[Event]) -> bool:
-        """Returns False when the reader is so far behind that it has to be given up."""
-        if self.closed:
-            return True
-        self._events += events
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-        if isinstance(events[-1], Finish | Failure):
-            self.closed = True
-        return len(self._events) <= _MOST_UNREAD_EVENTS
-
-    async def take(self) -> list[Event]:
-        """All unread events, at least one."""
-        while not self._events:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        events, self._events = self._events, []
-        return events
 
 
 async def _until(event: asyncio.Event, end: float) -> None:
@@ -155,7 +125,7 @@ class WorkerHandle:
         self._bye_at: float | None = None
         self._is_stopping = False
         """Whether its end was asked for here; a service manager or a user may send TERM as well."""
-        self._inboxes: dict[str, _Inbox] = {}
+        self._inboxes: dict[str, Inbox] = {}
         self._requests = 0
         self._stats_waiters: list[asyncio.Future[Stats]] = []
         link.expect(worker_id, token, self._on_message, self._on_broken)
@@ -250,7 +220,7 @@ class WorkerHandle:
         request_id = f"{self.worker_id}-{self._requests}"
         if not self.unfinished_requests:
             self.progress_at = time.monotonic()
-        inbox = self._inboxes[request_id] = _Inbox()
+        inbox = self._inboxes[request_id] = Inbox()
         ended = False
         try:
             if self.exited.is_set():
@@ -410,7 +380,7 @@ class WorkerHandle:
                 assert_never(message)
         self._changed.set()
 
-    def _give_up_reader(self, request_id: str, inbox: _Inbox) -> None:
+    def _give_up_reader(self, request_id: str, inbox: Inbox) -> None:
         inbox.put([Failure(code=ErrorCode.INTERNAL, message="the client reads too slowly")])
         self._link.send(self.worker_id, Cancel(request_id=request_id))
 

@@ -27,7 +27,7 @@ from mlx_router_server.workers.handle import WorkerHandle
 from mlx_router_server.workers.measured import Measurements
 from mlx_router_server.workers.plan import Failure, LoadPlan, SupervisorOptions, WorkerView
 from mlx_router_server.workers.reclaim import reclaim
-from mlx_router_server.workers.source import Origin, WorkerSource
+from mlx_router_server.workers.source import WorkerSource
 from mlx_router_server.workers.timings import EvictionTimings, SwapTimings
 from mlx_router_shared.errors import LoadFailed, MlxRouterError, WorkerDied
 from mlx_router_shared.protocol import Load, Loading, ModelFacts, SetLimits
@@ -135,7 +135,6 @@ class Run:
     async def _get_process(self, source: WorkerSource) -> WorkerHandle:
         supply = await source.take(self.plan.engine, self._on_process)
         self.timings.source = supply.origin.value
-        self.timings.standby = supply.origin is not Origin.SPAWN
         self.timings.spawn_seconds = supply.spawn_seconds
         self.timings.import_seconds = supply.import_seconds
         return supply.worker

@@ -26,7 +26,7 @@ from mlx_router_server.workers.processes import WorkerProcesses
 from mlx_router_server.workers.standby import OnProcess, StandbyPool
 from mlx_router_shared.errors import MlxRouterError
 
-__all__ = ["Origin", "SourceKind", "SourceView", "Supply", "WorkerSource"]
+__all__ = ["SourceKind", "SourceView", "Supply", "WorkerSource"]
 
 log = logging.getLogger(__name__)
 
@@ -56,20 +56,13 @@ class SourceKind(StrEnum):
     SPAWN = "spawn"
 
 
-class Origin(StrEnum):
-    """How the process of one load was obtained."""
-
-    FORK = "fork"
-    STANDBY = "standby"
-    SPAWN = "spawn"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Supply:
     """A worker that has said hello, and how long that took in seconds."""
 
     worker: WorkerHandle
-    origin: Origin
+    origin: SourceKind
+    """How it was obtained; never ``auto``."""
     spawn_seconds: float
     import_seconds: float
 
@@ -156,7 +149,7 @@ class WorkerSource:
     async def take(self, engine: str, on_process: OnProcess | None = None) -> Supply:
         """Return a worker of an engine kind that has said hello and has no model.
 
-        ``on_process`` is called as soon as its process exists, and again if another one has to be started; what it
+        ``on_process`` is called as soon as its process exists, and again if another one must be started; what it
         raises is raised here. Raises ``MlxRouterError`` or ``OSError``; then every process of it is being ended.
         """
         began = time.monotonic()
@@ -166,15 +159,15 @@ class WorkerSource:
                 self._hand_over(worker, on_process)
             if self.kind is SourceKind.STANDBY:
                 self._pool.refill()
-            origin = Origin.FORK if worker.is_forked else Origin.STANDBY
+            origin = SourceKind.FORK if worker.is_forked else SourceKind.STANDBY
             waited = time.monotonic() - began  # for one that was being started
             return Supply(worker=worker, origin=origin, spawn_seconds=0.0, import_seconds=waited)
         worker = await self._start(engine, on_process, background=False)
         assert worker.hello is not None
         import_seconds = worker.hello.import_seconds
         return Supply(
-            worker=worker, origin=Origin.FORK if worker.is_forked else Origin.SPAWN, import_seconds=import_seconds,
-            spawn_seconds=max(time.monotonic() - began - import_seconds, 0.0),
+            worker=worker, origin=SourceKind.FORK if worker.is_forked else SourceKind.SPAWN,
+            import_seconds=import_seconds, spawn_seconds=max(time.monotonic() - began - import_seconds, 0.0),
         )  # fmt: skip
 
     def prepare(self, engine: str) -> None:

@@ -44,8 +44,6 @@ class SwapTimings:
     waited_seconds: float = 0.0
     """For room: from the first request to the reservation."""
     evictions: list[EvictionTimings] = field(default_factory=list)
-    standby: bool = False
-    """Whether its worker was waiting for it, or was forked."""
     source: str = ""
     """How its worker was obtained: ``fork``, ``standby`` or ``spawn``; empty until there is one."""
     yielded: bool = False
@@ -66,7 +64,7 @@ class SwapTimings:
         return {
             "model": self.model,
             "started_at": self.started_at,
-            "standby": self.standby,
+            "standby": self.source in ("fork", "standby"),
             "source": self.source,
             "yielded": self.yielded,
             **{name: None if value is None else round(value, 6) for name, value in values.items()},
