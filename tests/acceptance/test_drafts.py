@@ -25,15 +25,15 @@ from mlx_router_shared.generation import (
     Usage,
 )
 from mlx_router_shared.protocol import Load
-from mlx_router_worker.mlx_engine import PREFILL_TOKENS, MlxEngine
+from mlx_router_worker.engines.text import PREFILL_TOKENS, TextEngine
 from tests.support.command import command_on
 from tests.support.router import running_router, write_config
 from tests.tiny_models.random_model import make_random_model
 from tests.tiny_models.script import GREETING, LONG_STORY
 
 
-def _load(path: Path, draft: Path | None) -> MlxEngine:
-    engine = MlxEngine(lambda data: None)
+def _load(path: Path, draft: Path | None) -> TextEngine:
+    engine = TextEngine(lambda data: None)
     draft_path = str(draft) if draft is not None else ""
     load = Load(model="m", path=str(path), draft_path=draft_path, context_tokens=2048, parallel=4)
     engine.load(load, lambda stage, fraction: None)
@@ -52,7 +52,7 @@ def _ask(text: str, **more: Any) -> GenerationRequest:
     return GenerationRequest(messages=[Message(role=Role.USER, content=text)], **more)
 
 
-def _play(engine: MlxEngine, out: dict[str, list[Event]], steps: int = 10_000) -> int:
+def _play(engine: TextEngine, out: dict[str, list[Event]], steps: int = 10_000) -> int:
     """Returns how many steps it took."""
     taken = 0
     while engine.streams and taken < steps:
@@ -71,7 +71,7 @@ def _usage(events: list[Event]) -> Usage:
     return usage
 
 
-def test_a_seed_draws_the_same_with_the_lane_free_or_taken(engine: MlxEngine) -> None:
+def test_a_seed_draws_the_same_with_the_lane_free_or_taken(engine: TextEngine) -> None:
     def draw(before: int) -> str:
         out: dict[str, list[Event]] = {}
         for number in range(before):
@@ -83,7 +83,7 @@ def test_a_seed_draws_the_same_with_the_lane_free_or_taken(engine: MlxEngine) ->
     assert draw(0) == draw(1)
 
 
-def test_right_guesses_save_steps_and_change_nothing(engine: MlxEngine) -> None:
+def test_right_guesses_save_steps_and_change_nothing(engine: TextEngine) -> None:
     out: dict[str, list[Event]] = {}
     engine.submit("r", _ask("Tell me a long story.", top_logprobs=0))
     steps = _play(engine, out)
@@ -94,7 +94,7 @@ def test_right_guesses_save_steps_and_change_nothing(engine: MlxEngine) -> None:
     assert (len(said), b"".join(token.data for token in said).decode()) == (tokens, LONG_STORY)
 
 
-def test_who_comes_while_the_lane_is_taken_joins_the_batch(engine: MlxEngine) -> None:
+def test_who_comes_while_the_lane_is_taken_joins_the_batch(engine: TextEngine) -> None:
     out: dict[str, list[Event]] = {}
     engine.submit("first", _ask("Tell me a long story."))
     _play(engine, out, 2)
@@ -108,7 +108,7 @@ def test_who_comes_while_the_lane_is_taken_joins_the_batch(engine: MlxEngine) ->
     assert _play(engine, out) < _usage(out["next"]).completion_tokens / 3, "the lane is free again"
 
 
-def test_a_cancelled_answer_frees_the_lane(engine: MlxEngine) -> None:
+def test_a_cancelled_answer_frees_the_lane(engine: TextEngine) -> None:
     out: dict[str, list[Event]] = {}
     engine.submit("gone", _ask("Tell me a long story."))
     _play(engine, out, 5)
@@ -121,7 +121,7 @@ def test_a_cancelled_answer_frees_the_lane(engine: MlxEngine) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 6, 7])
-def test_a_limit_ends_in_the_middle_of_a_round(engine: MlxEngine, limit: int) -> None:
+def test_a_limit_ends_in_the_middle_of_a_round(engine: TextEngine, limit: int) -> None:
     out: dict[str, list[Event]] = {}
     engine.submit("r", _ask("Tell me a long story.", max_tokens=limit))
     _play(engine, out)
@@ -130,7 +130,7 @@ def test_a_limit_ends_in_the_middle_of_a_round(engine: MlxEngine, limit: int) ->
     assert LONG_STORY.startswith(_text(out["r"]))
 
 
-def test_a_long_prompt_is_read_in_chunks(engine: MlxEngine) -> None:
+def test_a_long_prompt_is_read_in_chunks(engine: TextEngine) -> None:
     """A running stream is not held up for the whole of it."""
     out: dict[str, list[Event]] = {}
     engine.submit("prompt", _ask("word " * 450, max_tokens=2))
@@ -176,7 +176,7 @@ def test_models_that_cannot_work_together_are_refused_by_a_sentence(
     def with_a_window(model: Any) -> list[Any]:
         return [RotatingKVCache(16) for _ in make_prompt_cache(model)]
 
-    monkeypatch.setattr("mlx_router_worker.mlx_draft.make_prompt_cache", with_a_window)
+    monkeypatch.setattr("mlx_router_worker.generation.drafts.make_prompt_cache", with_a_window)
     with pytest.raises(LoadFailed, match=r"nothing can be taken back \(RotatingKVCache\)"):
         _load(DEMO_FOLDER, DEMO_FOLDER)
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from mlx_router_shared.generation import Finish, GenerationRequest, Message, Role, Sampling
 from mlx_router_shared.protocol import Load
-from mlx_router_worker.mlx_engine import MlxEngine
-from mlx_router_worker.mlx_sampling import Samplers, processors_for
-from mlx_router_worker.sampling import first_said, normalise, read_generation_config
+from mlx_router_worker.engines.text import TextEngine
+from mlx_router_worker.generation.parameters import first_said, normalise, read_generation_config
+from mlx_router_worker.generation.sampling import Samplers, processors_for
 from tests.support.engine import play, text_of
 from tests.support.http import call
 from tests.support.router import RouterProcess, running_router
@@ -80,7 +80,7 @@ def test_a_generation_config_with_odd_numbers(tmp_path: Path, text: str, expecte
 )
 def test_a_model_whose_files_hold_odd_numbers_answers(tmp_path: Path, odd: dict[str, Any]) -> None:
     make_parrot(tmp_path / "p", _PIECES, generation_config={"do_sample": True, "temperature": 0.6, **odd})
-    engine = MlxEngine(lambda data: None)
+    engine = TextEngine(lambda data: None)
     engine.load(Load(model="p", path=str(tmp_path / "p"), context_tokens=0, parallel=2), lambda stage, fraction: None)
     ask = GenerationRequest(messages=[Message(role=Role.USER, content="go")])
     events = play(engine, {"a": ask, "b": ask})

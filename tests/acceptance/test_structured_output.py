@@ -9,7 +9,7 @@ import pytest
 
 from mlx_router_shared.generation import Event, Finish
 from mlx_router_shared.protocol import Load
-from mlx_router_worker.mlx_engine import MlxEngine
+from mlx_router_worker.engines.text import TextEngine
 from tests.support.engine import SCHEMA, play, request, text_of
 
 
@@ -23,7 +23,7 @@ def _check(events: list[Event]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_hundred_of_a_hundred_alone_and_in_batches_of_sixteen(models_dir: Path) -> None:
-    engine = MlxEngine(lambda data: None)
+    engine = TextEngine(lambda data: None)
     load = Load(model="small", path=str(models_dir / "small"), context_tokens=0, parallel=16)
     engine.load(load, lambda stage, fraction: None)
     for seed in range(100):

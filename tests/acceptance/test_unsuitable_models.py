@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_router_shared.errors import UnsupportedCapability
-from mlx_router_worker.mlx_guides import Guides
+from mlx_router_worker.generation.guides import Guides
 from tests.support.http import call
 from tests.support.router import running_router
 from tests.tiny_models.tokenizer import build_tokenizer

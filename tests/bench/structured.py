@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mlx_router_shared.protocol import Load
-from mlx_router_worker.mlx_engine import MlxEngine
+from mlx_router_worker.engines.text import TextEngine
 from tests.support.engine import SCHEMA, play, request, text_of
 from tests.tiny_models.random_model import make_random_model
 
@@ -35,7 +35,7 @@ def _texts() -> Iterator[str]:
         yield text
 
 
-def _ms_per_token(engine: MlxEngine, schema: str | None, streams: int, seed: int) -> float:
+def _ms_per_token(engine: TextEngine, schema: str | None, streams: int, seed: int) -> float:
     """Of decoding alone: from the moment in which every stream has begun."""
     for number in range(streams):
         engine.submit(str(number), request(schema, seed + number, _TOKENS, thinking=False))
@@ -48,7 +48,7 @@ def _ms_per_token(engine: MlxEngine, schema: str | None, streams: int, seed: int
     return (time.perf_counter() - started) / (engine.reading().tokens_total - before) * 1000
 
 
-def _valid(engine: MlxEngine, rounds: int, held: int, free: int) -> int:
+def _valid(engine: TextEngine, rounds: int, held: int, free: int) -> int:
     good = 0
     for number in range(rounds):
         requests = {f"h{n}": request(SCHEMA, 1000 * number + n, 120, thinking=False) for n in range(held)}
@@ -67,7 +67,7 @@ def structured(home: Path) -> dict[str, Any]:
     """Alternating rounds of answers that are free and held; and how many of a hundred hold."""
     folder = home / "model"
     make_random_model(folder, size_bytes=_BYTES, vocabulary=_VOCABULARY, more_texts=_texts())
-    engine = MlxEngine(lambda data: None)
+    engine = TextEngine(lambda data: None)
     facts = engine.load(
         Load(model="structured", path=str(folder), context_tokens=0, parallel=32), lambda stage, fraction: None
     )
@@ -84,7 +84,7 @@ def structured(home: Path) -> dict[str, Any]:
     middle = {key: sorted(values)[len(values) // 2] for key, values in times.items()}
     small = home / "small"
     make_random_model(small, size_bytes=4_000_000)
-    weak = MlxEngine(lambda data: None)
+    weak = TextEngine(lambda data: None)
     weak.load(Load(model="weak", path=str(small), context_tokens=0, parallel=32), lambda stage, fraction: None)
     return {
         "megabytes": facts.weights_bytes / 1e6,

@@ -39,10 +39,7 @@ assert threading.active_count() == 1, threading.enumerate()
 assert set(os.listdir("/dev/fd")) == before, "a descriptor was opened"
 print("mlx" in sys.modules)
 """
-    brings_mlx = (
-        "mlx_router_worker.mlx_", "mlx_router_worker.vlm_", "mlx_router_worker.tokenizer_engine",
-        "mlx_router_worker.fork_server",
-    )  # fmt: skip
+    brings_mlx = ("mlx_router_worker.engines.", "mlx_router_worker.generation.", "mlx_router_worker.fork_server")
     names = [name for name in _modules() if not name.startswith(brings_mlx)]
     assert len(names) > 50
     done = subprocess.run(

@@ -6,7 +6,7 @@ import json
 from typing import Final
 
 from mlx_router_shared.generation import Event, GenerationRequest, Message, Role, Sampling, TextDelta
-from mlx_router_worker.mlx_engine import MlxEngine
+from mlx_router_worker.engines.text import TextEngine
 
 __all__ = ["SCHEMA", "play", "request", "text_of"]
 
@@ -25,7 +25,7 @@ def request(schema: str | None, seed: int, tokens: int, *, thinking: bool | None
     )  # fmt: skip
 
 
-def play(engine: MlxEngine, requests: dict[str, GenerationRequest]) -> dict[str, list[Event]]:
+def play(engine: TextEngine, requests: dict[str, GenerationRequest]) -> dict[str, list[Event]]:
     """All events of each request."""
     out = {name: engine.submit(name, asked) for name, asked in requests.items()}
     while engine.streams:

@@ -13,9 +13,9 @@ from mlx_router_server.catalogue.inspect import inspect_folder
 from mlx_router_shared.capabilities import _TEMPLATE_TYPES, _TOOL_PARSERS, chat_capabilities
 from mlx_router_shared.generation import Counted, CountRequest, GenerationRequest, Message, Role, Tool, ToolCallDone
 from mlx_router_shared.protocol import Load
-from mlx_router_worker.mlx_engine import MlxEngine
-from mlx_router_worker.mlx_tokenizer import load_model_tokenizer
-from mlx_router_worker.tokenizer_engine import TokenizerEngine
+from mlx_router_worker.engines.load_tokenizer import load_model_tokenizer
+from mlx_router_worker.engines.text import TextEngine
+from mlx_router_worker.engines.tokenizer import TokenizerEngine
 from tests.support.engine import play
 from tests.tiny_models.parrot import make_parrot
 
@@ -46,15 +46,15 @@ def test_catalogue_and_worker_say_the_same(tmp_path: Path, name: str) -> None:
         tmp_path / "p", ["x"], chat_template=None, tokenizer_config={"chat_template": template, **more}
     )
     listed = inspect_folder(folder).capabilities
-    engine = MlxEngine(lambda data: None)
+    engine = TextEngine(lambda data: None)
     facts = engine.load(Load(model="p", path=str(folder), context_tokens=0, parallel=1), lambda stage, fraction: None)
     engine.close()
     assert (Capability.TOOLS in listed, Capability.THINKING in listed) == (tools, thinking)
     assert (facts.has_tools, facts.has_thinking) == (tools, thinking)
 
 
-def _load(folder: Path) -> MlxEngine:
-    engine = MlxEngine(lambda data: None)
+def _load(folder: Path) -> TextEngine:
+    engine = TextEngine(lambda data: None)
     engine.load(Load(model="p", path=str(folder), context_tokens=0, parallel=1), lambda stage, fraction: None)
     return engine
 
@@ -86,7 +86,7 @@ def test_what_no_file_names_is_left_to_mlx_lm(tmp_path: Path, monkeypatch: pytes
     """Some architectures have a parser and a template of their own, which a value of None would take away."""
     options: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        "mlx_router_worker.mlx_tokenizer.load_tokenizer", lambda path, said, **more: options.append(said)
+        "mlx_router_worker.engines.load_tokenizer.load_tokenizer", lambda path, said, **more: options.append(said)
     )
     load_model_tokenizer(make_parrot(tmp_path / "p", ["x"], chat_template=_CHAT))
     named = {"tool_parser_type": "nonesuch", "chat_template_type": "nonesuch"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_router_shared.generation import Sampling
-from mlx_router_worker.sampling import first_said, read_generation_config
+from mlx_router_worker.generation.parameters import first_said, read_generation_config
 
 
 def test_field_by_field_the_first_that_said_something_decides() -> None:

@@ -13,13 +13,13 @@ from mlx_router_worker.file_limit import kept_file_limit
 __all__ = ["ENGINE_KINDS", "import_engine"]
 
 _ENGINES: Final = {
-    "mlx": ("mlx_router_worker.mlx_engine", "MlxEngine"),
-    "embed": ("mlx_router_worker.mlx_embedding", "EmbeddingEngine"),
-    "encode": ("mlx_router_worker.vlm_encoders", "EncoderEngine"),
-    "rerank": ("mlx_router_worker.vlm_encoders", "RerankEngine"),
-    "vlm": ("mlx_router_worker.vlm_engine", "VisionEngine"),
-    "tokenizer": ("mlx_router_worker.tokenizer_engine", "TokenizerEngine"),
-    "fake": ("mlx_router_worker.fake_engine", "FakeEngine"),
+    "mlx": ("mlx_router_worker.engines.text", "TextEngine"),
+    "embed": ("mlx_router_worker.engines.embedding", "EmbeddingEngine"),
+    "encode": ("mlx_router_worker.engines.encoders", "EncoderEngine"),
+    "rerank": ("mlx_router_worker.engines.encoders", "RerankEngine"),
+    "vlm": ("mlx_router_worker.engines.vision", "VisionEngine"),
+    "tokenizer": ("mlx_router_worker.engines.tokenizer", "TokenizerEngine"),
+    "fake": ("mlx_router_worker.engines.fake", "FakeEngine"),
 }
 ENGINE_KINDS: Final = frozenset(_ENGINES)
 

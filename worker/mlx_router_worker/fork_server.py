@@ -39,7 +39,7 @@ from mlx_router_shared.forking import (
     exit_status,
 )
 from mlx_router_worker.engine_imports import ENGINE_KINDS, import_engine
-from mlx_router_worker.mlx_device import is_cpu_only
+from mlx_router_worker.engines.device import is_cpu_only
 from mlx_router_worker.process import ignore_terminal_interrupts, main
 
 __all__ = ["serve"]

@@ -20,7 +20,7 @@ __all__ = ["job_environment", "run_job"]
 log = logging.getLogger(__name__)
 
 _PULL: Final = "mlx_router_server.jobs.pull"
-_QUANTIZE: Final = "mlx_router_worker.mlx_quantize"
+_QUANTIZE: Final = "mlx_router_worker.engines.quantize"
 _LINE_BYTES: Final = 64 * 2**10
 _TAIL_LINES: Final = 20
 _EXIT_SECONDS: Final = 5.0

@@ -1,4 +1,4 @@
-"""The job that packs weights: ``python -P -m mlx_router_worker.mlx_quantize``, in a process of its own.
+"""The job that packs weights: ``python -P -m mlx_router_worker.engines.quantize``, in a process of its own.
 
 mlx-lm does the packing. The source is read lazily and the packed weights are evaluated in portions, so that the whole
 of the unpacked model is never in memory at once.

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from mlx_router_shared.errors import InvalidRequest, UnsupportedCapability
 from mlx_router_shared.generation import GenerationRequest, Tool
-from mlx_router_worker.mlx_sampling import GuideProcessor
+from mlx_router_worker.generation.sampling import GuideProcessor
 from mlx_router_worker.text.grammar import Grammars
 from mlx_router_worker.text.guide import Guide, Markers
 from mlx_router_worker.text.renderer import is_chat

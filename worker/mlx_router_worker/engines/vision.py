@@ -29,9 +29,9 @@ from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, Unsu
 from mlx_router_shared.generation import GenerationRequest, Message
 from mlx_router_shared.protocol import Load
 from mlx_router_worker.engine import Report
-from mlx_router_worker.mlx_base import refuse_additions
-from mlx_router_worker.mlx_engine import PREFILL_TOKENS, MlxEngine, Prompt
-from mlx_router_worker.mlx_tokenizer import load_model_tokenizer
+from mlx_router_worker.engines.base import refuse_additions
+from mlx_router_worker.engines.load_tokenizer import load_model_tokenizer
+from mlx_router_worker.engines.text import PREFILL_TOKENS, Prompt, TextEngine
 from mlx_router_worker.text.renderer import PromptRenderer, is_chat
 from mlx_router_worker.text.template_traits import CallStyle
 
@@ -105,7 +105,7 @@ class _Generator:
         self._inner.close()
 
 
-class VisionEngine(MlxEngine):
+class VisionEngine(TextEngine):
     """Implements ``Engine`` for models that see."""
 
     def _load_weights(self, order: Load, report: Report, *, strict: bool = True) -> dict[str, Any]:

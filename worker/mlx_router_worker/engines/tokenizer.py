@@ -16,7 +16,7 @@ from mlx_router_shared.generation import Counted, CountRequest, Event, Finish, F
 from mlx_router_shared.model_config import context_tokens, text_config
 from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
 from mlx_router_worker.engine import EngineReading, Report
-from mlx_router_worker.mlx_tokenizer import load_model_tokenizer
+from mlx_router_worker.engines.load_tokenizer import load_model_tokenizer
 from mlx_router_worker.repository_code import RepositoryCodeGuard
 from mlx_router_worker.text.renderer import PromptRenderer
 

@@ -27,14 +27,14 @@ from mlx_router_shared.generation import (
     Usage,
 )
 from mlx_router_shared.protocol import Load
-from mlx_router_worker.mlx_engine import PREFILL_TOKENS, MlxEngine
+from mlx_router_worker.engines.text import PREFILL_TOKENS, TextEngine
 from tests.tiny_models.random_model import make_random_model
 from tests.tiny_models.script import GREETING, LONG_STORY
 
 
 @pytest.fixture(scope="module")
 def engine() -> Any:
-    found = MlxEngine(lambda data: None)
+    found = TextEngine(lambda data: None)
     stages: list[tuple[str, float]] = []
     facts = found.load(
         Load(model="demo", path=str(DEMO_FOLDER), context_tokens=2048, parallel=4), lambda *s: stages.append(s)
@@ -50,7 +50,7 @@ def _ask(text: str, **more: Any) -> GenerationRequest:
     return GenerationRequest(messages=[Message(role=Role.USER, content=text)], **more)
 
 
-def _play(engine: MlxEngine, out: dict[str, list[Event]], steps: int = 10_000) -> None:
+def _play(engine: TextEngine, out: dict[str, list[Event]], steps: int = 10_000) -> None:
     while engine.streams and steps:
         steps -= 1
         for stream in engine.step():
@@ -66,9 +66,9 @@ def _text(events: list[Event]) -> str:
 def test_a_load_rests_while_others_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, yields: bool) -> None:
     """After each portion, for as long as it took; the model is the same."""
     rests: list[float] = []
-    monkeypatch.setattr("mlx_router_worker.mlx_base.time.sleep", rests.append)
+    monkeypatch.setattr("mlx_router_worker.engines.base.time.sleep", rests.append)
     model = make_random_model(tmp_path / "model", size_bytes=70_000_000)
-    engine = MlxEngine(lambda data: None)
+    engine = TextEngine(lambda data: None)
     fractions: list[float] = []
     load = Load(model="m", path=str(model), context_tokens=128, parallel=1, yields=yields)
     facts = engine.load(load, lambda stage, fraction: fractions.append(fraction))
@@ -80,7 +80,7 @@ def test_a_load_rests_while_others_answer(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.req("R16")
-def test_warm_up_in_its_own_thread_leaves_nothing_behind(engine: MlxEngine) -> None:
+def test_warm_up_in_its_own_thread_leaves_nothing_behind(engine: TextEngine) -> None:
     """It runs by itself where there are kernels to compile; here it is called by hand, from a thread as in the loop."""
     with ThreadPoolExecutor(1) as pool:
         pool.submit(engine.compile_kernels).result(30)
@@ -91,7 +91,7 @@ def test_warm_up_in_its_own_thread_leaves_nothing_behind(engine: MlxEngine) -> N
     assert _text(out["after"]) == GREETING
 
 
-def test_the_first_token_is_told_in_the_step_in_which_it_is_drawn_and_once(engine: MlxEngine) -> None:
+def test_the_first_token_is_told_in_the_step_in_which_it_is_drawn_and_once(engine: TextEngine) -> None:
     """mlx-lm hands it out a step later, when the second is known as well; the whole answer must not change by that."""
     engine.submit("r", _ask("Hello!", top_logprobs=0))
     assert engine.step() == [], "the prompt but for its last token"
@@ -113,7 +113,7 @@ def test_the_first_token_is_told_in_the_step_in_which_it_is_drawn_and_once(engin
     assert engine.streams == 0
 
 
-def test_requests_that_join_late_and_leave_early_do_not_disturb_the_others(engine: MlxEngine) -> None:
+def test_requests_that_join_late_and_leave_early_do_not_disturb_the_others(engine: TextEngine) -> None:
     out: dict[str, list[Event]] = {}
     assert engine.submit("long", _ask("Tell me a long story.")) == [Started(prompt_tokens=14)]
     _play(engine, out, 20)
@@ -132,7 +132,7 @@ def test_requests_that_join_late_and_leave_early_do_not_disturb_the_others(engin
         assert isinstance(out[name][-1], Finish)
 
 
-def test_more_requests_than_the_batch_holds_wait_their_turn(engine: MlxEngine) -> None:
+def test_more_requests_than_the_batch_holds_wait_their_turn(engine: TextEngine) -> None:
     out: dict[str, list[Event]] = {}
     for number in range(9):
         engine.submit(str(number), _ask("Hello!"))
@@ -141,7 +141,7 @@ def test_more_requests_than_the_batch_holds_wait_their_turn(engine: MlxEngine) -
     assert len(out) == 9
 
 
-def test_a_long_prompt_is_read_in_chunks_between_the_tokens_of_others(engine: MlxEngine) -> None:
+def test_a_long_prompt_is_read_in_chunks_between_the_tokens_of_others(engine: TextEngine) -> None:
     """R45's little sister: a prompt of three chunks costs a running stream no more than three longer steps."""
     out: dict[str, list[Event]] = {}
     engine.submit("running", _ask("Tell me a long story."))
@@ -168,7 +168,7 @@ def test_a_long_prompt_is_read_in_chunks_between_the_tokens_of_others(engine: Ml
     ],
 )
 def test_what_would_break_a_step_is_refused_before_it(
-    engine: MlxEngine, request_: GenerationRequest, error: type[Exception]
+    engine: TextEngine, request_: GenerationRequest, error: type[Exception]
 ) -> None:
     with pytest.raises(error):
         engine.submit("bad", request_)
@@ -178,7 +178,7 @@ def test_what_would_break_a_step_is_refused_before_it(
 def test_prompts_that_come_together_share_the_bound_of_a_step(tmp_path: Path) -> None:
     """Whoever is being answered meanwhile waits for one step, however many prompts are in it."""
     folder = make_random_model(tmp_path / "m", size_bytes=1_000_000)
-    engine = MlxEngine(lambda data: None)
+    engine = TextEngine(lambda data: None)
     engine.load(Load(model="m", path=str(folder), context_tokens=4096, parallel=8), lambda *stage: None)
     for number in range(8):
         engine.submit(f"r{number}", GenerationRequest(prompt="word " * 100, max_tokens=1))
@@ -196,7 +196,7 @@ def test_prompts_that_come_together_share_the_bound_of_a_step(tmp_path: Path) ->
 def test_ids_that_the_model_has_and_its_tokenizer_has_not(tmp_path: Path) -> None:
     """Refused from outside; drawn by the model itself they are no text, and break no step."""
     folder = make_random_model(tmp_path / "wide", size_bytes=2_000_000, padding=3000)
-    engine = MlxEngine(lambda data: None)
+    engine = TextEngine(lambda data: None)
     engine.load(Load(model="wide", path=str(folder), context_tokens=512, parallel=4), lambda *stage: None)
     known = len(AutoTokenizer.from_pretrained(folder))
     for request in (
@@ -229,7 +229,7 @@ def test_ids_that_the_model_has_and_its_tokenizer_has_not(tmp_path: Path) -> Non
         Sampling(repeat_penalty=1.3, repeat_last_n=0),
     ],
 )
-def test_extreme_sampling_parameters_do_not_raise_in_a_step(engine: MlxEngine, sampling: Sampling) -> None:
+def test_extreme_sampling_parameters_do_not_raise_in_a_step(engine: TextEngine, sampling: Sampling) -> None:
     out: dict[str, list[Event]] = {}
     engine.submit("extreme", _ask("Hello!", sampling=sampling, max_tokens=8))
     engine.submit("beside", _ask("Hello!"))
@@ -239,7 +239,7 @@ def test_extreme_sampling_parameters_do_not_raise_in_a_step(engine: MlxEngine, s
 
 
 def test_an_exception_in_the_text_of_one_stream_fails_that_stream_alone(
-    engine: MlxEngine, monkeypatch: pytest.MonkeyPatch
+    engine: TextEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = {name: engine.submit(name, _ask("Hello!")) for name in ("broken", "sound")}
 
@@ -256,7 +256,7 @@ def test_an_exception_in_the_text_of_one_stream_fails_that_stream_alone(
 
 
 def test_a_request_whose_stream_cannot_be_built_leaves_nothing_behind(
-    engine: MlxEngine, monkeypatch: pytest.MonkeyPatch
+    engine: TextEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(request: object) -> None:
         raise RuntimeError("no builder")
@@ -276,7 +276,7 @@ def test_a_request_whose_stream_cannot_be_built_leaves_nothing_behind(
 def test_a_long_answer_leaves_no_growing_graph_in_a_cache_that_no_token_depends_on(tmp_path: Path) -> None:
     """SmolLM3 has layers without positions: nothing reads the offset that their caches count up at each step."""
     model = make_random_model(tmp_path / "model", size_bytes=1_000_000, architecture="smollm3")
-    engine = MlxEngine(lambda data: None)
+    engine = TextEngine(lambda data: None)
     engine.load(Load(model="m", path=str(model), context_tokens=2048, parallel=2), lambda *stage: None)
     engine.submit("long", _ask("Hello!", max_tokens=2000, sampling=Sampling(temperature=0.0)))
     lengths: list[int] = []

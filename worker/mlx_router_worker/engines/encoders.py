@@ -32,9 +32,9 @@ from mlx_router_shared.generation import (
 )
 from mlx_router_shared.protocol import Load, ModelFacts
 from mlx_router_worker.engine import Report
-from mlx_router_worker.mlx_base import refuse_additions
-from mlx_router_worker.mlx_embedding import EmbeddingEngine
-from mlx_router_worker.mlx_jobs import Job, JobEngine
+from mlx_router_worker.engines.base import refuse_additions
+from mlx_router_worker.engines.embedding import EmbeddingEngine
+from mlx_router_worker.engines.jobs import Job, JobEngine
 from mlx_router_worker.text.lengths import LengthBound
 from mlx_router_worker.text.pooling import Kind
 

@@ -16,9 +16,9 @@ from mlx_router_shared.errors import LoadFailed
 from mlx_router_shared.model_config import context_tokens, text_config
 from mlx_router_shared.protocol import Load, SetLimits
 from mlx_router_worker.engine import EngineReading, Report
-from mlx_router_worker.mlx_tokenizer import load_model_tokenizer
+from mlx_router_worker.engines.load_tokenizer import load_model_tokenizer
 
-__all__ = ["MlxBase", "refuse_additions"]
+__all__ = ["BaseEngine", "refuse_additions"]
 
 _DEFAULT_CPU_CACHE: Final = 32 * 2**20  # MLX's own choice on Linux, where more is only lost
 _EVALUATE_BYTES: Final = 128 * 2**20
@@ -33,7 +33,7 @@ def refuse_additions(load: Load, kind: str) -> None:
             raise LoadFailed(f"{setting} cannot be used with {kind} models; take the setting out")
 
 
-class MlxBase:
+class BaseEngine:
     """Half an ``Engine``; what it computes is said by those who derive from it."""
 
     def __init__(self) -> None:

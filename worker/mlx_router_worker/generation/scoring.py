@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_router_shared.generation import TokenLogprob
-from mlx_router_worker.mlx_answer import Vocabulary
+from mlx_router_worker.generation.answers import Vocabulary
 
 __all__ = ["PromptScore"]
 

@@ -21,7 +21,7 @@ from mlx_router_shared.generation import (
     TokenLogprob,
     Usage,
 )
-from mlx_router_worker.mlx_sampling import GuideProcessor
+from mlx_router_worker.generation.sampling import GuideProcessor
 from mlx_router_worker.text.answer import AnswerBuilder
 from mlx_router_worker.text.token_bytes import token_bytes
 

@@ -19,8 +19,8 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import load_model, load_tokenizer
 
 from mlx_router_shared.errors import LoadFailed
-from mlx_router_worker.mlx_answer import Drawn
-from mlx_router_worker.mlx_sampling import Sampler
+from mlx_router_worker.generation.answers import Drawn
+from mlx_router_worker.generation.sampling import Sampler
 
 __all__ = ["DraftLane"]
 

@@ -29,7 +29,7 @@ from mlx_router_shared.generation import (
 )
 from mlx_router_shared.protocol import Load, ModelFacts
 from mlx_router_worker.engine import Report
-from mlx_router_worker.mlx_jobs import Job, JobEngine
+from mlx_router_worker.engines.jobs import Job, JobEngine
 from mlx_router_worker.text.lengths import LengthBound
 from mlx_router_worker.text.pooling import Kind, Pooling, finished, read_pooling
 

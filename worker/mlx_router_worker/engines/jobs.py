@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_router_shared.generation import Event, StreamEvents
 from mlx_router_shared.protocol import ModelFacts
-from mlx_router_worker.mlx_base import MlxBase
+from mlx_router_worker.engines.base import BaseEngine
 from mlx_router_worker.text.pooling import batches
 
 __all__ = ["Job", "JobEngine"]
@@ -36,7 +36,7 @@ class Job(Generic[Piece]):
     results: dict[int, Any] = field(default_factory=dict)
 
 
-class JobEngine(MlxBase, Generic[Piece]):
+class JobEngine(BaseEngine, Generic[Piece]):
     """Most of an ``Engine`` for such requests; what a piece is and comes to is said by those who derive from it."""
 
     def __init__(self, _send_bytes: Callable[[bytes], None]) -> None:

@@ -40,13 +40,13 @@ from mlx_router_shared.generation import (
 )
 from mlx_router_shared.protocol import Load, ModelFacts
 from mlx_router_worker.engine import Report
-from mlx_router_worker.mlx_answer import AnswerStream, Drawn, Vocabulary
-from mlx_router_worker.mlx_base import MlxBase
-from mlx_router_worker.mlx_draft import DraftLane
-from mlx_router_worker.mlx_guides import Guides
-from mlx_router_worker.mlx_sampling import Samplers, processors_for
-from mlx_router_worker.mlx_scoring import PromptScore
-from mlx_router_worker.sampling import first_said, read_generation_config
+from mlx_router_worker.engines.base import BaseEngine
+from mlx_router_worker.generation.answers import AnswerStream, Drawn, Vocabulary
+from mlx_router_worker.generation.drafts import DraftLane
+from mlx_router_worker.generation.guides import Guides
+from mlx_router_worker.generation.parameters import first_said, read_generation_config
+from mlx_router_worker.generation.sampling import Samplers, processors_for
+from mlx_router_worker.generation.scoring import PromptScore
 from mlx_router_worker.text.answer import AnswerBuilder
 from mlx_router_worker.text.json_calls import repairing, with_objects
 from mlx_router_worker.text.prompt import template_tools
@@ -55,7 +55,7 @@ from mlx_router_worker.text.token_bytes import is_token
 
 log = logging.getLogger(__name__)
 
-__all__ = ["PREFILL_TOKENS", "MlxEngine", "Prompt"]
+__all__ = ["PREFILL_TOKENS", "TextEngine", "Prompt"]
 
 # One chunk of a prompt is computed between two decode steps, so this bounds the stutter of running streams; mlx-lm's
 # default of 2048 is made for throughput.
@@ -83,7 +83,7 @@ class _Scoring:
     started: float
 
 
-class MlxEngine(MlxBase):
+class TextEngine(BaseEngine):
     """Implements ``Engine`` for text generation."""
 
     def __init__(self, _send_bytes: Callable[[bytes], None]) -> None:

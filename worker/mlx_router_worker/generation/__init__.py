@@ -1,0 +1,1 @@
+"""What the text engine is made of: prompts, batches, sampling, drafts, answers."""
