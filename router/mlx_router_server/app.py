@@ -235,6 +235,8 @@ def _options(settings: Settings, home: Path | None) -> SupervisorOptions:
             restore_on_failure=settings.restore_on_failure,
         ),
         worker_source=SourceKind(settings.worker_source),
+        prefill_share=settings.prefill_share,
+        longest_gap_ms=settings.longest_gap_ms,
         standby_workers=settings.standby_workers,
         load_timeout_seconds=settings.load_timeout_seconds,
         warm_up_timeout_seconds=settings.warm_up_timeout_seconds,

@@ -90,6 +90,24 @@ def seconds(value: object) -> float:
     return number
 
 
+def share(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("not a number")
+    number = float(value)
+    if not 0 < number < 1:
+        raise ValueError("not between 0 and 1")
+    return number
+
+
+def milliseconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("not a number of milliseconds")
+    number = float(value)
+    if not 1 <= number <= 60_000:
+        raise ValueError("not between 1 and 60000")
+    return number
+
+
 def port(value: object) -> int:
     number = integer(value)
     if number > 65535:
@@ -198,6 +216,8 @@ _SCHEMAS: Final[dict[Callable[[object], Any], dict[str, Any]]] = {
     paths: _TEXTS,
     port: {"type": "integer", "minimum": 0, "maximum": 65535},
     seconds: {"type": "number", "minimum": 0},
+    share: {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+    milliseconds: {"type": "number", "minimum": 1, "maximum": 60_000},
     size: {"type": ["integer", "string"], "minimum": 0},
     text: {"type": "string"},
 }

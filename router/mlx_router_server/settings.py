@@ -119,6 +119,15 @@ class Settings:
         "Requests that one model answers at once; more wait their turn.",
         ollama="OLLAMA_NUM_PARALLEL",
     )
+    prefill_share: float = _setting(
+        0.46,
+        kinds.share,
+        "Share of the time that new prompts get while a model answers other requests, between 0 and 1.",
+    )
+    longest_gap_ms: float = _setting(
+        150.0, kinds.milliseconds,
+        "Longest pause in running answers while a prompt is processed; shorter makes long prompts slower.", unit="ms",
+    )  # fmt: skip
     context_length: int = _setting(
         0,
         kinds.integer,

@@ -151,6 +151,8 @@ class GenerationRequest(Struct, frozen=True, kw_only=True, tag="generate"):
     """None: no log probabilities; n >= 0: those of the tokens drawn and of the n best."""
     echo: bool = False
     """Begin with the prompt, and with its log probabilities if those are wanted."""
+    priority: int = 0
+    """Prompts of a higher one are processed first."""
     wants_context: bool = False
     """Tell all token ids at the end, so that they can be sent back as ``prefix_tokens``."""
 

@@ -83,10 +83,17 @@ class Load(Struct, frozen=True, kw_only=True, tag="load"):
     """Other models are answering now: rest after each portion of the weights for as long as it took to read."""
     parallel: int
     """How many requests are decoded at once; the others wait inside the worker."""
+    prefill_share: float = 0.46
+    """Of the time, for prompts, while requests are being answered; between 0 and 1."""
+    longest_gap_ms: float = 150.0
+    """The longest pause between two tokens of an answer while a prompt is processed; a goal."""
     warm_up_seconds: float = 60.0
     """The longest time for a trial token before the model is said to be ready; 0: none. Its failure fails nothing."""
     memory_limit_bytes: int = 0
-    """What this worker may use; MLX takes it as a guideline. 0 leaves MLX's own limit."""
+    """What this worker may use. MLX takes it as a guideline. 0 leaves MLX's own limit."""
+    requests_limit_bytes: int = 0
+    """Of these, what caches and work space of requests may use; requests that do not fit wait. 0: what
+    ``memory_limit_bytes`` leaves beside the weights."""
     cache_limit_bytes: int = 0
     """The most that MLX may keep of freed buffers; 0 leaves MLX's own limit."""
     wired_limit_bytes: int = 0
@@ -99,6 +106,7 @@ class SetLimits(Struct, frozen=True, kw_only=True, tag="set_limits"):
     memory_limit_bytes: int
     cache_limit_bytes: int
     wired_limit_bytes: int
+    requests_limit_bytes: int = 0
     trim: bool = False
     """Give back what is kept without being needed."""
 
@@ -163,6 +171,8 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     has_chat_template: bool
     has_thinking: bool
     has_tools: bool
+    is_batched: bool = True
+    """Whether requests share forward passes; otherwise they take turns token by token."""
     weights_bytes: int
     memory_bytes: int
     """What the engine holds right after the load."""

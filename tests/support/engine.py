@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Final
+from typing import Any, Final
 
-from mlx_router_shared.generation import Event, GenerationRequest, Message, Role, Sampling, TextDelta
+from mlx_router_shared.generation import Event, GenerationRequest, Message, Request, Role, Sampling, TextDelta
 from mlx_router_worker.engines.text import TextEngine
 
-__all__ = ["SCHEMA", "play", "request", "text_of"]
+__all__ = ["SCHEMA", "play", "request", "submit", "text_of"]
 
 SCHEMA: Final = json.dumps(
     {"type": "object", "properties": {
@@ -25,9 +25,15 @@ def request(schema: str | None, seed: int, tokens: int, *, thinking: bool | None
     )  # fmt: skip
 
 
+def submit(engine: Any, request_id: str, request: Request) -> list[Event]:
+    """Prepare a request and hand it in, as the compute loop does."""
+    first: list[Event] = engine.submit(request_id, engine.prepare(request))
+    return first
+
+
 def play(engine: TextEngine, requests: dict[str, GenerationRequest]) -> dict[str, list[Event]]:
     """All events of each request."""
-    out = {name: engine.submit(name, asked) for name, asked in requests.items()}
+    out = {name: submit(engine, name, asked) for name, asked in requests.items()}
     while engine.streams:
         for stream in engine.step():
             out[stream.request_id] += stream.events

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlx_router_server.catalogue.cache_size import CacheSize, estimate_cache, work_space
+from mlx_router_shared.cache_size import CacheSize, estimate_cache, estimate_work
 
 _QWEN3_8B = {"model_type": "qwen3", "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
              "head_dim": 128, "hidden_size": 4096, "intermediate_size": 12288}  # fmt: skip
@@ -63,4 +63,4 @@ def test_slots_are_rounded_up_and_windows_hold_a_chunk_more() -> None:
 )
 def test_a_config_that_says_nothing_is_no_error(config: dict[str, Any]) -> None:
     assert estimate_cache(config).bytes_for(4096) == 0
-    assert work_space(config) == 0
+    assert estimate_work(config).bytes_for(512) == 0

@@ -16,7 +16,7 @@ from mlx_router_shared.protocol import Load
 from mlx_router_worker.engines.load_tokenizer import load_model_tokenizer
 from mlx_router_worker.engines.text import TextEngine
 from mlx_router_worker.engines.tokenizer import TokenizerEngine
-from tests.support.engine import play
+from tests.support.engine import play, submit
 from tests.tiny_models.parrot import make_parrot
 
 _CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -77,7 +77,7 @@ def test_a_template_is_found_wherever_it_stands(tmp_path: Path, where: str) -> N
     events = play(engine, {"r": ask})["r"]
     engine.close()
     assert [event.name for event in events if isinstance(event, ToolCallDone)] == ["f"]
-    counted = TokenizerEngine(lambda data: None).submit("c", CountRequest(path=str(folder), request=ask))[0]
+    counted = submit(TokenizerEngine(lambda data: None), "c", CountRequest(path=str(folder), request=ask))[0]
     assert isinstance(counted, Counted)
     assert counted.text == "go<f>"
 
@@ -98,7 +98,7 @@ def test_counting_is_not_disturbed_by_a_link_to_nowhere(tmp_path: Path) -> None:
     folder = make_parrot(tmp_path / "p", ["x"])
     (folder / "old.json").symlink_to("gone.json")
     ask = GenerationRequest(messages=[Message(role=Role.USER, content="go")])
-    counted = TokenizerEngine(lambda data: None).submit("c", CountRequest(path=str(folder), request=ask))[0]
+    counted = submit(TokenizerEngine(lambda data: None), "c", CountRequest(path=str(folder), request=ask))[0]
     assert isinstance(counted, Counted)
 
 

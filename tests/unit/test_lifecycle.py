@@ -19,6 +19,7 @@ from mlx_router_server.lifecycle.events import (
     LeaseReturned,
     Moved,
     Refuse,
+    SetShare,
     ShutdownHastened,
     ShutdownRequested,
     StartWorker,
@@ -47,9 +48,10 @@ class Bench:
         self.tick = 1.0
 
     def tell(self, event: Event) -> list[Effect]:
+        """Return the effects of an event but reports and limits; all of them are in ``heard``."""
         self.now += self.tick
         self.heard = self.lifecycle.handle(event, self.now)
-        return [effect for effect in self.heard if not isinstance(effect, Decided | Moved)]
+        return [effect for effect in self.heard if not isinstance(effect, Decided | Moved | SetShare)]
 
     def request(self, ticket: str, model: str, size: int = 40, **more: Any) -> list[Effect]:
         names = ("pinned", "keep_alive", "parallel", "growth_bytes", "fixed", "load_seconds")

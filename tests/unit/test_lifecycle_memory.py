@@ -52,8 +52,10 @@ def test_a_measurement_replaces_the_estimate_and_makes_room() -> None:
     assert bench.request("t2", "b", 60) == []
     bench.tell(WorkerStarted(worker=worker))
     effects = bench.tell(WorkerReady(worker=worker, memory_bytes=30, load_seconds=1.0))
-    assert [effect.share.memory_bytes for effect in effects if isinstance(effect, SetShare)] == [40]
     assert started(effects), "b fits beside it after all"
+    assert [effect.share.memory_bytes for effect in bench.heard if isinstance(effect, SetShare)] == [40], (
+        "and nothing is left"
+    )
     assert bench.lifecycle.reserved_bytes == 100
 
 
@@ -62,8 +64,9 @@ def test_a_measurement_above_the_estimate_never_lifts_reservations_over_the_budg
     bench = Bench()
     started(bench.request("t1", "a", 50))
     worker = started(bench.request("t2", "b", 40))
-    effects = bench.finish_load(worker, 70)
-    assert [effect.share.memory_bytes for effect in effects if isinstance(effect, SetShare)] == [50]
+    bench.finish_load(worker, 70)
+    shares = {effect.worker: effect.share.memory_bytes for effect in bench.heard if isinstance(effect, SetShare)}
+    assert shares[worker] == 50
     assert bench.lifecycle.reserved_bytes == 100
     assert any(getattr(effect, "what", "") == "over_budget" for effect in bench.heard)
 
@@ -71,7 +74,8 @@ def test_a_measurement_above_the_estimate_never_lifts_reservations_over_the_budg
 def test_what_the_operator_fixed_is_not_corrected() -> None:
     bench = Bench()
     worker = started(bench.request("t1", "a", 50, fixed=True))
-    assert not [effect for effect in bench.finish_load(worker, 10) if isinstance(effect, SetShare)]
+    bench.finish_load(worker, 10)
+    assert [effect.share.memory_bytes for effect in bench.heard if isinstance(effect, SetShare)] == [100]
     assert bench.lifecycle.reserved_bytes == 50
 
 
@@ -91,7 +95,23 @@ def test_a_budget_that_the_device_names_holds_for_the_next_load() -> None:
     bench.tell(BudgetLearned(budget_bytes=100, wired_bytes=80))
     (start,) = bench.request("t2", "a")
     assert isinstance(start, StartWorker)
-    assert start.share.wired_bytes == 32
+    assert start.share.wired_bytes == 80, "it is alone"
+
+
+@pytest.mark.req("R50")
+def test_what_nobody_has_reserved_is_shared_and_taken_back() -> None:
+    """Caches may grow into it; the next load reserves it."""
+    bench = Bench()
+    (start,) = bench.request("t1", "a", 20)
+    assert isinstance(start, StartWorker)
+    assert start.share.memory_bytes == 100
+    bench.finish_load(start.worker, 20)
+    effects = bench.request("t2", "b", 40)
+    shares = {
+        effect.worker: effect.share.memory_bytes for effect in bench.heard if isinstance(effect, StartWorker | SetShare)
+    }
+    other = started(effects)
+    assert shares == {start.worker: 20 + 20, other: 40 + 20}
 
 
 # ---------------------------------------------------------------------------------------------------- pressure

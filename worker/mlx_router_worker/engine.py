@@ -1,14 +1,15 @@
 """The seam between the compute loop and whatever computes.
 
-An engine is owned by the compute loop's thread: it alone calls every method, except ``reading``, which the socket
-thread may call at any time, and ``warm_up``. MLX requires this: arrays belong to the thread that made them.
+An engine is owned by the compute thread: it alone calls every method, except ``prepare``, which the preparing thread
+calls, ``reading``, which the socket thread may call at any time, and ``warm_up``. MLX requires this: arrays belong to
+the thread that made them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from mlx_router_shared.generation import Event, Request, StreamEvents
 from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
@@ -42,8 +43,15 @@ class Engine(Protocol):
     def set_limits(self, limits: SetLimits) -> None:
         """Another share of the machine from now on; with ``trim``, give back what is kept without being needed."""
 
-    def submit(self, request_id: str, request: Request) -> list[Event]:
-        """Accept a request and return its first events. Raises ``MlxRouterError``; then nothing is changed."""
+    def prepare(self, request: Request) -> Any:
+        """Do what a request needs before any computation of the model: render, tokenise, build a grammar.
+
+        Called on the preparing thread while the compute thread may be in any other method but ``load``. The result is
+        for ``submit``. Raises ``MlxRouterError``.
+        """
+
+    def submit(self, request_id: str, prepared: Any) -> list[Event]:
+        """Accept a prepared request and return its first events. Raises ``MlxRouterError``; then nothing is changed."""
 
     def cancel(self, request_id: str) -> None:
         """Forget a request at once; unknown ids are ignored."""
@@ -54,6 +62,9 @@ class Engine(Protocol):
 
     def step(self) -> list[StreamEvents]:
         """Advance every unfinished request a little; a request's own failure is an event, never an exception."""
+
+    def rest(self) -> None:
+        """Give back what only speeds up the next request: there has been none for some seconds."""
 
     def reading(self) -> EngineReading:
         """Memory and token figures; callable from any thread."""

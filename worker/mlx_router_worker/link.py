@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Any
 
 import zmq
 
@@ -82,7 +83,7 @@ class Link:
         endpoint: str,
         hello: Hello,
         worker_id: str,
-        inbox: SimpleQueue[ToWorker],
+        inbox: SimpleQueue[Any],
         progress: Progress,
     ) -> None:
         self._context = context

@@ -1,8 +1,9 @@
 """The compute loop: take, step, emit.
 
 Promises
-- One thread, the process's main thread, loads, generates and frees; it alone touches the engine. The trial token after
-  a load is the exception: it has a thread of its own and a limit.
+- One thread, ``compute``, loads, generates and frees. What a request needs before that (``Engine.prepare``) is done by
+  the process's main thread meanwhile, where the time of a chat template can be limited by a signal. The trial token
+  after a load has a thread of its own and a limit.
 - Commands that have arrived are taken before each step, so a cancel takes effect within one step.
 - Each step sends at most one message, with the events of all streams; each request ends with exactly one ``Finish``
   or ``Failure``, unless it was cancelled.
@@ -16,8 +17,9 @@ import gc
 import logging
 import threading
 import time
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import assert_never
+from typing import Any, Final, assert_never
 
 import msgspec
 
@@ -49,15 +51,22 @@ log = logging.getLogger(__name__)
 _EXIT_LOAD_FAILED = 1
 _EXIT_ENGINE_FAILED = 5
 _TOLD_STEP = 0.01  # of a stage, between two words about its progress
+_REST_AFTER_SECONDS: Final = 5.0
 _READ_MEMORY_EVERY = 32  # steps; a reading is cheap but not free
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A message of the preparing thread to the compute thread: what ``Engine.prepare`` returned or raised."""
+
+    request_id: str
+    result: Any
 
 
 class ComputeLoop:
     """Runs one engine for one router until it is told to stop."""
 
-    def __init__(
-        self, engine: Engine, outlet: Outlet, link: Link, inbox: SimpleQueue[ToWorker], progress: Progress
-    ) -> None:
+    def __init__(self, engine: Engine, outlet: Outlet, link: Link, inbox: SimpleQueue[Any], progress: Progress) -> None:
         self._engine = engine
         self._outlet = outlet
         self._link = link
@@ -65,11 +74,35 @@ class ComputeLoop:
         self._progress = progress
         self._guard = RepositoryCodeGuard()
         self._live: set[str] = set()
+        self._preparing: set[str] = set()
+        """Requests that are being prepared, of those in ``_live``."""
+        self._to_prepare: SimpleQueue[Submit | None] = SimpleQueue()
+        self._is_resting = True
         self._loaded = False
         self._told = "", 0.0
 
     def run(self) -> int:
-        """Serve until ``Shutdown`` or a failure that ends the worker. Returns the exit status."""
+        """For the compute thread: serve until ``Shutdown`` or a failure that ends the worker. Returns the exit
+        status."""
+        try:
+            return self._run()
+        finally:
+            self._to_prepare.put(None)
+
+    def prepare(self) -> None:
+        """For the main thread: prepare requests until ``run`` has returned."""
+        while (command := self._to_prepare.get()) is not None:
+            if command.request_id not in self._live:
+                continue  # cancelled meanwhile
+            try:
+                if not self._loaded and not isinstance(command.request, CountRequest):
+                    raise EngineFailed("this worker has no model")
+                result = self._engine.prepare(command.request)
+            except Exception as error:
+                result = error
+            self._inbox.put(PreparedRequest(command.request_id, result))
+
+    def _run(self) -> int:
         while True:
             try:
                 while (command := self._take()) is not None:
@@ -84,24 +117,42 @@ class ComputeLoop:
                 self._fail_all(f"the engine failed: {type(error).__name__}: {error}")
                 return _EXIT_ENGINE_FAILED
 
-    def _take(self) -> ToWorker | None:
+    def _take(self) -> ToWorker | PreparedRequest | None:
         """The next command; waits for one when there is nothing to compute."""
-        if not self._engine.streams:
-            return self._inbox.get()
         try:
-            return self._inbox.get_nowait()
+            if not self._engine.streams:
+                command: ToWorker | PreparedRequest = self._inbox.get(
+                    timeout=None if self._is_resting else _REST_AFTER_SECONDS
+                )
+                self._is_resting = False
+                return command
+        except Empty:
+            self._is_resting = True
+            self._engine.rest()
+            return None
+        try:
+            next_command: ToWorker | PreparedRequest = self._inbox.get_nowait()
+            return next_command
         except Empty:
             return None
 
-    def _obey(self, command: ToWorker) -> int | None:
+    def _obey(self, command: ToWorker | PreparedRequest) -> int | None:
         match command:
+            case PreparedRequest():
+                self._submit(command)
             case Load():
                 return self._load(command)
             case Submit():
-                self._submit(command)
+                if not self._progress.streams:
+                    self._progress.moved_at = time.monotonic()
+                self._live.add(command.request_id)
+                self._preparing.add(command.request_id)
+                self._to_prepare.put(command)
+                self._note()
             case Cancel():
-                self._engine.cancel(command.request_id)
                 self._live.discard(command.request_id)
+                self._preparing.discard(command.request_id)
+                self._engine.cancel(command.request_id)
                 self._note()
             case SetLimits():
                 self._engine.set_limits(command)
@@ -166,22 +217,22 @@ class ComputeLoop:
         except Exception as error:  # what the model raises here it will raise again where it can be reported
             log.warning("event=warm_up_failed error=%r", error)
 
-    def _submit(self, command: Submit) -> None:
+    def _submit(self, prepared: PreparedRequest) -> None:
+        request_id = prepared.request_id
+        if request_id not in self._preparing:
+            return  # cancelled meanwhile
+        self._preparing.discard(request_id)
         try:
-            if not self._loaded and not isinstance(command.request, CountRequest):
-                raise EngineFailed("this worker has no model")
-            events = self._engine.submit(command.request_id, command.request)
+            if isinstance(prepared.result, Exception):
+                raise prepared.result
+            events = self._engine.submit(request_id, prepared.result)
         except MlxRouterError as error:
             events = [failure_of(error)]
         except Exception as error:
-            log.exception("event=submit_failed request=%s", command.request_id)
+            log.exception("event=submit_failed request=%s", request_id)
             events = [Failure(code=ErrorCode.ENGINE_FAILED, message=f"{type(error).__name__}: {error}")]
-        else:
-            self._live.add(command.request_id)
-        if not self._progress.streams:
-            self._progress.moved_at = time.monotonic()
         self._note()
-        self._send([StreamEvents(request_id=command.request_id, events=events)])
+        self._send([StreamEvents(request_id=request_id, events=events)])
 
     def _step(self) -> None:
         streams = self._engine.step()
@@ -197,7 +248,7 @@ class ComputeLoop:
         """Publish the number of streams. The socket thread is woken when it changes from or to zero: it sends ``Stats``
         on a timer only while there is work, and must not wait for a message from the router to notice."""
         was_busy = self._progress.streams > 0
-        self._progress.streams = self._engine.streams
+        self._progress.streams = self._engine.streams + len(self._preparing)
         is_busy = self._progress.streams > 0
         if was_busy and not is_busy:
             self._progress.reading = self._engine.reading()

@@ -1,6 +1,7 @@
 """The life of a worker process: read the bootstrap line, watch the parent, import the engine, say hello, compute.
 
-Three threads: main computes, ``link`` owns the socket, ``parent`` waits for the end of standard input. The router
+Four threads: ``compute`` owns the engine, main prepares requests for it, ``link`` owns the socket, ``parent`` waits for
+the end of standard input. The router
 holds the other end of that pipe and writes nothing more to it, so the end of file means that the router is gone,
 however it died, on every platform.
 """
@@ -17,12 +18,13 @@ import time
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from queue import SimpleQueue
+from typing import Any
 
 import zmq
 
 from mlx_router_shared.codec import decode_bootstrap
 from mlx_router_shared.errors import ProtocolError
-from mlx_router_shared.protocol import PROTOCOL_VERSION, Hello, Shutdown, ToWorker
+from mlx_router_shared.protocol import PROTOCOL_VERSION, Hello, Shutdown
 from mlx_router_worker.engine_imports import ENGINE_KINDS, import_engine
 from mlx_router_worker.link import Link, Outlet, Progress
 from mlx_router_worker.loop import ComputeLoop
@@ -49,7 +51,7 @@ def main() -> None:
     except ProtocolError as error:
         print(f"mlx_router_worker is started by mlx-router, not by hand ({error})", file=sys.stderr)
         sys.exit(_EXIT_USAGE)
-    inbox: SimpleQueue[ToWorker] = SimpleQueue()
+    inbox: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_watch_parent, args=(inbox, _take_stdin()), name="parent", daemon=True).start()
     progress = Progress()
     context = zmq.Context()
@@ -72,14 +74,22 @@ def main() -> None:
     link = Link(context, bootstrap.endpoint, hello, bootstrap.worker_id, inbox, progress)
     signal.signal(signal.SIGTERM, lambda *_: _terminate(link, inbox))
     link.start()
-    status = ComputeLoop(engine, outlet, link, inbox, progress).run()
-    outlet.close()
-    link.close()
-    context.term()  # waits until the last message is out, for the linger time at most
-    # Interpreter shutdown would run destructors in an order that MLX's threads do not like, and nothing is left to do.
-    logging.shutdown()
-    sys.stderr.flush()
-    os._exit(status)
+    loop = ComputeLoop(engine, outlet, link, inbox, progress)
+
+    def compute() -> None:
+        status = loop.run()
+        outlet.close()
+        link.close()
+        context.term()  # waits until the last message is out, for the linger time at most
+        # Interpreter shutdown would run destructors in an order that MLX's threads do not like, and nothing is left.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(status)
+
+    thread = threading.Thread(target=compute, name="compute", daemon=True)
+    thread.start()
+    loop.prepare()
+    thread.join()
 
 
 def ignore_terminal_interrupts() -> None:
@@ -87,7 +97,7 @@ def ignore_terminal_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _terminate(link: Link, inbox: SimpleQueue[ToWorker]) -> None:
+def _terminate(link: Link, inbox: SimpleQueue[Any]) -> None:
     """The first request to leave is carried out in order; TERM on top of it means that order took too long."""
     if link.shutdown_requested.is_set():
         os._exit(128 + signal.SIGTERM)
@@ -106,7 +116,7 @@ def _take_stdin() -> int:
     return pipe
 
 
-def _watch_parent(inbox: SimpleQueue[ToWorker], pipe: int) -> None:
+def _watch_parent(inbox: SimpleQueue[Any], pipe: int) -> None:
     while os.read(pipe, 4096):
         pass
     inbox.put(Shutdown(reason="the router is gone"))

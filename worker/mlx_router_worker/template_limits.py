@@ -32,12 +32,13 @@ class TemplateOverrun(BaseException):
 
 
 @contextmanager
-def template_limits(seconds: float = _SECONDS) -> Iterator[None]:
+def template_limits(seconds: float = _SECONDS, spare_bytes: int = 0) -> Iterator[None]:
     """Raise ``TemplateOverrun`` in the block when it takes too much time, and ``MemoryError`` for too much memory.
 
-    Time is limited on the main thread alone, and memory on Linux alone. Blocks may not be nested.
+    ``spare_bytes`` is what other threads may allocate meanwhile: the memory limit holds for the whole process. Time is
+    limited on the main thread alone, and memory on Linux alone. Blocks may not be nested.
     """
-    with _memory_limit(), _time_limit(seconds):
+    with _memory_limit(spare_bytes), _time_limit(seconds):
         yield
 
 
@@ -65,14 +66,14 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def _memory_limit() -> Iterator[None]:
+def _memory_limit(spare_bytes: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
         used = int(_SIZES.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     except OSError:
         yield
         return
-    most = used + _MEMORY_BYTES
+    most = used + _MEMORY_BYTES + spare_bytes
     with suppress(ValueError, OSError):
         if soft == resource.RLIM_INFINITY or most < soft:
             resource.setrlimit(resource.RLIMIT_AS, (most, hard))

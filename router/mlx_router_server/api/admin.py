@@ -176,6 +176,7 @@ def _model(server: Server, view: ModelView | None, name: str) -> dict[str, Any]:
         "queued": view.queued if view else 0,
         "waiting_for": list(view.waiting_for) if view else [],
         "streams": worker.streams if worker else 0,
+        "batched": worker.facts.is_batched if worker and worker.facts else None,
         "tokens_total": worker.tokens_total if worker else 0,
         "pinned": view.pinned if view else False,
         # JSON has no infinity: for ever is -1, as in keep_alive.

@@ -36,7 +36,7 @@ from mlx_router_server.workers.handle import WorkerLeft
 from mlx_router_server.workers.lease import Lease
 from mlx_router_server.workers.plan import LoadPlan, Wishes
 from mlx_router_shared.errors import InvalidRequest, MlxRouterError, ModelNotFound
-from mlx_router_shared.generation import Event, Failure, Finish, Started, error_of
+from mlx_router_shared.generation import Event, Failure, Finish, GenerationRequest, Started, error_of
 from mlx_router_shared.generation import Request as CanonicalRequest
 
 __all__ = ["Answer", "AnswerStyle", "admit", "answer", "ignored_headers", "load_only", "refuse_ignored"]
@@ -314,6 +314,8 @@ class Answer:
 
     async def _events_of_one(self, lease: Lease, request: CanonicalRequest) -> AsyncGenerator[list[Event], None]:
         """A failure is raised after what came before it."""
+        if isinstance(request, GenerationRequest) and self._wishes.priority:
+            request = msgspec.structs.replace(request, priority=self._wishes.priority)
         async with aclosing(lease.generate(request)) as batches:
             async for events in batches:
                 failure = events[-1] if events and isinstance(events[-1], Failure) else None

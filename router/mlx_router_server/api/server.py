@@ -152,15 +152,14 @@ class Server:
         measured = self.supervisor.measured(key)
         needed = estimate.loaded_bytes + estimate.growth_bytes
         if measured is not None:
-            measured_bytes = max(measured.loaded_bytes + estimate.growth_bytes, measured.peak_bytes)
-            # A peak of many requests at once may have others leave. It makes no model too large that fits.
-            needed = min(measured_bytes, max(needed, self.supervisor.budget_bytes))
+            # Its peak says how much memory was free, not how much it needs: caches grow into what nobody has reserved.
+            needed = measured.loaded_bytes + estimate.growth_bytes
         return LoadPlan(
             spec=ModelSpec(
                 name=entry.runner,
                 content=f"{entry.content}:{draft.content if draft is not None else ''}",
                 estimate_bytes=said.memory or needed,
-                growth_bytes=0 if said.memory else estimate.growth_bytes,
+                growth_bytes=max(said.memory - estimate.loaded_bytes, 0) if said.memory else estimate.growth_bytes,
                 fixed=bool(said.memory),
                 load_seconds=measured.load_seconds if measured is not None else None,
                 pinned=said.pinned,

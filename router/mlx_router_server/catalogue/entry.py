@@ -7,18 +7,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from mlx_router_server.catalogue.cache_size import CacheSize
 from mlx_router_server.catalogue.extras import install_command
 from mlx_router_server.catalogue.kinds import Kind
 from mlx_router_server.catalogue.names import ModelName
 from mlx_router_server.catalogue.overlay import NOTHING, Overlay
+from mlx_router_shared.cache_size import CACHE_COPIES, PROCESS_BYTES, SHORTEST_CHUNK, CacheSize, WorkSize
 
 __all__ = ["Capability", "Estimate", "ModelEntry", "ModelFiles"]
 
-# A process with mlx-lm imported and a tokenizer loaded, measured: 75 MB and some.
-_PROCESS_BYTES: Final = 120 * 2**20
 # The cache grows as it is used; a reservation for the whole context of a 128k model would keep everything else out.
 _RESERVED_CONTEXT: Final = 8192
+_CHUNK_TOKENS: Final = 512
+"""Of a prompt, processed at once, for which memory is reserved. A worker uses longer chunks where it has more."""
 
 
 class Capability(StrEnum):
@@ -52,7 +52,7 @@ class ModelFiles:
     quantization: str
     context_tokens: int
     cache: CacheSize
-    work_bytes: int
+    work: WorkSize
     """Activations while a prompt is read."""
     capabilities: frozenset[Capability]
     info: dict[str, str | int | float] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Estimate:
     def with_draft(self, draft: Estimate) -> Estimate:
         """The same with another model in the same process."""
         return Estimate(
-            loaded_bytes=self.loaded_bytes + draft.loaded_bytes - _PROCESS_BYTES,
+            loaded_bytes=self.loaded_bytes + draft.loaded_bytes - PROCESS_BYTES,
             cache_bytes=self.cache_bytes + draft.cache_bytes,
             work_bytes=max(self.work_bytes, draft.work_bytes),
         )
@@ -150,9 +150,10 @@ class ModelEntry:
     def estimate(self, context_tokens: int) -> Estimate:
         """Memory of its worker with a usual context."""
         context = min(context_tokens or self.files.context_tokens, self.files.context_tokens, _RESERVED_CONTEXT)
-        process = _PROCESS_BYTES if self.files.engine != "fake" else 0
+        work = self.files.work
+        process = PROCESS_BYTES if self.files.engine != "fake" else 0
         return Estimate(
             loaded_bytes=self.files.weights_bytes + self.adapter_bytes + process,
-            cache_bytes=self.files.cache.bytes_for(context),
-            work_bytes=self.files.work_bytes,
+            cache_bytes=CACHE_COPIES * self.files.cache.bytes_for(context),
+            work_bytes=max(work.per_token * _CHUNK_TOKENS, work.bytes_for(SHORTEST_CHUNK, context)),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,11 +18,11 @@ from mlx_router_server.catalogue.architectures import (
     servable_architectures,
     vision_architectures,
 )
-from mlx_router_server.catalogue.cache_size import CacheSize, estimate_cache, work_space
 from mlx_router_server.catalogue.entry import Capability, ModelFiles
 from mlx_router_server.catalogue.kinds import Kind, foreign_kind
 from mlx_router_server.catalogue.quantization import quantized_bits, why_unreadable
 from mlx_router_server.catalogue.safetensors import WeightFacts, list_tensors, read_weights
+from mlx_router_shared.cache_size import CacheSize, WorkSize, estimate_cache, estimate_work
 from mlx_router_shared.capabilities import (
     additional_templates,
     chat_capabilities,
@@ -110,7 +111,7 @@ def inspect_folder(folder: Path, said: str = "") -> ModelFiles:
         quantization=f"{bits}bit" if bits else _UNPACKED_BITS.get(weights.dtype, weights.dtype or "unknown"),
         context_tokens=context_tokens(config),
         cache=estimate_cache(text),
-        work_bytes=work_space(text),
+        work=estimate_work(text, fused_attention=sys.platform == "darwin"),
         capabilities=capabilities,
         info=_info(model_type, text, weights, context_tokens(config)),
         template=_default_template(template),
@@ -135,7 +136,7 @@ def _fake_files(folder: Path) -> ModelFiles:
         quantization="none",
         context_tokens=_number(script, "context_tokens") or 4096,
         cache=CacheSize(),
-        work_bytes=0,
+        work=WorkSize(),
         capabilities=_fake_capabilities(script.get("capabilities")),
         info={"general.architecture": "fake", "fake.context_length": _number(script, "context_tokens") or 4096},
     )

@@ -74,7 +74,11 @@ def ps(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _state_words(model: dict[str, Any]) -> str:
-    words = str(model["state"]) + (f": {model['stage']}" if model["stage"] else "")
+    words = (
+        str(model["state"])
+        + (", not batched" if model.get("batched") is False else "")
+        + (f": {model['stage']}" if model["stage"] else "")
+    )
     return words + (f" {model['fraction']:.0%}" if model["state"] == "loading" else "")
 
 

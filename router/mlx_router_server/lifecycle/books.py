@@ -6,8 +6,9 @@ The rooms beside this one (``room``, ``service``, ``ends``) decide; what they sh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Final
 
-from mlx_router_server.lifecycle.events import Decided, Effect, Moved, Refuse
+from mlx_router_server.lifecycle.events import Decided, Effect, Moved, Refuse, SetShare
 from mlx_router_server.lifecycle.limits import Limits
 from mlx_router_server.lifecycle.memory import MemoryReading, Pressure, share_of
 from mlx_router_server.lifecycle.queueing import Waiter
@@ -17,6 +18,8 @@ from mlx_router_server.lifecycle.states import HOLDS_MEMORY, State, check_transi
 from mlx_router_shared.errors import MlxRouterError
 
 __all__ = ["Books"]
+
+_SHARES_SURPLUS: Final = (State.STARTING, State.LOADING, State.READY, State.DRAINING)
 
 
 class Books:
@@ -61,10 +64,21 @@ class Books:
         return any(other is not record and len(other.queue) for other in self.in_state(State.QUEUED))
 
     def share(self, record: ModelRecord) -> Share:
-        """The limits that go with its reservation."""
+        """Return the limits of its worker: its reservation, and an equal part of what no worker has reserved."""
+        sharing = sum(1 for _ in self.in_state(*_SHARES_SURPLUS))
+        surplus = max(self.limits.budget_bytes - self.reserved_bytes, 0) // max(sharing, 1)
         return share_of(
-            record.reserved_bytes, budget_bytes=self.limits.budget_bytes, wired_bytes=self.limits.wired_bytes
-        )
+            record.reserved_bytes, budget_bytes=self.limits.budget_bytes, wired_bytes=self.limits.wired_bytes,
+            loaded_bytes=record.memory_bytes or record.spec.loaded_bytes, surplus_bytes=surplus,
+        )  # fmt: skip
+
+    def update_shares(self) -> None:
+        """Tell each worker whose limits have changed."""
+        for record in self.in_state(*_SHARES_SURPLUS):
+            share = self.share(record)
+            if record.worker is not None and share != record.share:
+                record.share = share
+                self.effects.append(SetShare(worker=record.worker, share=share))
 
     # -------------------------------------------------------------- writing down
 

@@ -125,6 +125,7 @@ def reclaimed(books: Books, worker: str, now: float) -> None:
     record.yields_to = newcomer.spec.name if newcomer is not None and newcomer.state is State.QUEUED else None
     record.worker, record.evicted_for, record.turn = None, None, None
     record.reserved_bytes = record.memory_bytes = 0
+    record.share = None
     record.keep_alive_seconds = record.expires_at = None
     record.was_ready = record.failed = record.cut = False
     record.told_to_leave = None

@@ -168,6 +168,7 @@ class Lifecycle:
             case _:
                 assert_never(event)
         self._settle(now)
+        books.update_shares()
         if isinstance(event, LeaseRequested):
             self._refuse_if_busy(event.ticket, now)
         return books.effects

@@ -33,11 +33,18 @@ class MemoryReading:
     pressure: Pressure
 
 
-def share_of(reserved_bytes: int, *, budget_bytes: int, wired_bytes: int) -> Share:
-    """The limits of a worker with this reservation: because reservations stay within the budget, so do limits.
+def share_of(
+    reserved_bytes: int, *, budget_bytes: int, wired_bytes: int, loaded_bytes: int = 0, surplus_bytes: int = 0
+) -> Share:
+    """Return the limits of a worker with this reservation.
 
-    ``wired_bytes`` is what the machine may wire in all; 0 where nothing is wired.
+    ``loaded_bytes`` is the part of it that the loaded model takes; the rest is for requests. ``surplus_bytes`` is its
+    part of what no worker has reserved; it is taken back when another model is loaded. Because reservations and surplus
+    stay within the budget, so do limits. ``wired_bytes`` is what the machine may wire in all; 0 where nothing is wired.
     """
-    wired = min(reserved_bytes, reserved_bytes * wired_bytes // budget_bytes) if wired_bytes and budget_bytes else 0
+    memory = reserved_bytes + surplus_bytes
+    wired = min(memory, memory * wired_bytes // budget_bytes) if wired_bytes and budget_bytes else 0
     cache = min(int(reserved_bytes * _CACHE_SHARE), _CACHE_MOST)
-    return Share(memory_bytes=reserved_bytes, cache_bytes=cache, wired_bytes=wired)
+    return Share(
+        memory_bytes=memory, cache_bytes=cache, wired_bytes=wired, requests_bytes=max(memory - loaded_bytes, 1)
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from mlx_router_server.lifecycle.admission import Resident
 from mlx_router_server.lifecycle.queueing import Turn, WaitQueue
-from mlx_router_server.lifecycle.spec import ModelSpec
+from mlx_router_server.lifecycle.spec import ModelSpec, Share
 from mlx_router_server.lifecycle.states import HOLDS_MEMORY, Cause, State
 from mlx_router_server.lifecycle.views import ModelView
 
@@ -42,6 +42,8 @@ class ModelRecord:
     # while it has a worker
     worker: str | None = None
     reserved_bytes: int = 0
+    share: Share | None = None
+    """The limits that its worker was given last."""
     memory_bytes: int = 0
     leases: dict[str, float] = field(default_factory=dict)
     """By ticket: since when."""

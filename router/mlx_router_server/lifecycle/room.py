@@ -150,8 +150,9 @@ def _start(books: Books, record: ModelRecord, now: float) -> None:
     books.move(record, State.STARTING, now)
     books.decided("loading", record.spec.name, reserved=human_bytes(record.reserved_bytes), worker=record.worker)
     waited = now - min((waiter.since for waiter in record.queue), default=now)
+    record.share = books.share(record)
     books.effects.append(
-        StartWorker(worker=record.worker, model=record.spec.name, share=books.share(record), waited_seconds=waited)
+        StartWorker(worker=record.worker, model=record.spec.name, share=record.share, waited_seconds=waited)
     )
 
 

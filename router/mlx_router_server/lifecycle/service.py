@@ -7,7 +7,7 @@ from typing import Final
 
 from mlx_router_server.lifecycle.books import Books
 from mlx_router_server.lifecycle.ends import leave_idle, stop
-from mlx_router_server.lifecycle.events import Grant, SetShare, WorkerReady
+from mlx_router_server.lifecycle.events import Grant, WorkerReady
 from mlx_router_server.lifecycle.queueing import Turn, Waiter
 from mlx_router_server.lifecycle.record import ModelRecord
 from mlx_router_server.lifecycle.states import State
@@ -121,8 +121,6 @@ def _correct_reservation(books: Books, record: ModelRecord) -> None:
     if wanted > reserved:
         books.decided("over_budget", record.spec.name, wanted=wanted, reserved=reserved)
     record.reserved_bytes = reserved
-    assert record.worker is not None
-    books.effects.append(SetShare(worker=record.worker, share=books.share(record)))
 
 
 def next_expiry(record: ModelRecord) -> float:

@@ -17,7 +17,7 @@ class ModelSpec:
     estimate_bytes: int
     """What its worker may come to need: what it holds once loaded, and what may grow after that."""
     growth_bytes: int = 0
-    """The part of the estimate that is not there yet when the model is loaded: caches and work space."""
+    """The part of the estimate that is not there yet when the model is loaded: caches and work space of requests."""
     fixed: bool = False
     """The operator said how much; a measurement does not change it."""
     load_seconds: float | None = None
@@ -29,6 +29,11 @@ class ModelSpec:
     parallel: int = 32
     """Requests that its worker takes at once; the others wait here."""
 
+    @property
+    def loaded_bytes(self) -> int:
+        """What its worker holds once it is loaded, as far as that is known beforehand."""
+        return self.estimate_bytes - self.growth_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
@@ -37,5 +42,7 @@ class Share:
     memory_bytes: int
     cache_bytes: int
     """Of these, what may be kept of freed buffers."""
+    requests_bytes: int
+    """Of these, what is left for requests beside the loaded model; at least 1."""
     wired_bytes: int
     """What may be wired on macOS; 0 leaves the system's own limit."""

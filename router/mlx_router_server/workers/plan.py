@@ -26,6 +26,8 @@ class SupervisorOptions:
     load_timeout_seconds: float = 600.0
     warm_up_timeout_seconds: float = 60.0
     stop_timeout_seconds: float = 10.0
+    prefill_share: float = 0.46
+    longest_gap_ms: float = 150.0
     stall_timeout_seconds: float = 120.0
     """0: a worker may take as long as it likes for one step."""
     measurements: Path | None = None

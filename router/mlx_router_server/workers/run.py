@@ -156,8 +156,11 @@ class Run:
             context_tokens=plan.context_tokens,
             parallel=plan.parallel,
             yields=self.timings.yielded,
+            prefill_share=self._options.prefill_share,
+            longest_gap_ms=self._options.longest_gap_ms,
             warm_up_seconds=self._options.warm_up_timeout_seconds,
             memory_limit_bytes=self._share.memory_bytes,
+            requests_limit_bytes=self._share.requests_bytes,
             cache_limit_bytes=self._share.cache_bytes,
             wired_limit_bytes=self._share.wired_bytes,
         )
@@ -212,14 +215,20 @@ class Run:
 
     def set_share(self, share: Share) -> None:
         self._share = share
-        self._send(SetLimits(memory_limit_bytes=share.memory_bytes, cache_limit_bytes=share.cache_bytes,
-                             wired_limit_bytes=share.wired_bytes))  # fmt: skip
+        self._send_limits()
 
     def trim(self) -> None:
         """Have it give freed buffers back."""
+        self._send_limits(trim=True)
+
+    def _send_limits(self, *, trim: bool = False) -> None:
         share = self._share
-        self._send(SetLimits(memory_limit_bytes=share.memory_bytes, cache_limit_bytes=share.cache_bytes,
-                             wired_limit_bytes=share.wired_bytes, trim=True))  # fmt: skip
+        self._send(
+            SetLimits(
+                memory_limit_bytes=share.memory_bytes, cache_limit_bytes=share.cache_bytes,
+                wired_limit_bytes=share.wired_bytes, requests_limit_bytes=share.requests_bytes, trim=trim,
+            )
+        )  # fmt: skip
 
     def _send(self, message: SetLimits) -> None:
         try:

@@ -13,6 +13,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model
 
 from mlx_router_shared.errors import LoadFailed
+from mlx_router_shared.generation import Request
 from mlx_router_shared.model_config import context_tokens, text_config
 from mlx_router_shared.protocol import Load, SetLimits
 from mlx_router_worker.engine import EngineReading, Report
@@ -100,6 +101,9 @@ class BaseEngine:
             report("weights", done / max(total, 1))
         return total
 
+    def prepare(self, request: Request) -> Any:
+        return request
+
     # ------------------------------------------------------------------- limits
 
     def set_limits(self, limits: SetLimits) -> None:
@@ -117,8 +121,8 @@ class BaseEngine:
             mx.set_cache_limit(min(cache_bytes, _DEFAULT_CPU_CACHE) if not mx.metal.is_available() else cache_bytes)
 
     def _apply_wired_limit(self) -> None:
-        if self._wired_bytes and mx.metal.is_available():
-            mx.set_wired_limit(self._wired_bytes)
+        if mx.metal.is_available():
+            mx.set_wired_limit(self._wired_bytes or self.working_set_bytes)
 
     def reading(self) -> EngineReading:
         return EngineReading(
@@ -127,6 +131,9 @@ class BaseEngine:
             peak_bytes=mx.get_peak_memory(),
             tokens_total=self._tokens_total,
         )
+
+    def rest(self) -> None:
+        mx.clear_cache()
 
     def close(self) -> None:
         """Wired memory is given back while the process still answers: a hard kill can strand it on macOS."""

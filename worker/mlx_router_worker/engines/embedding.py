@@ -23,13 +23,12 @@ from mlx_router_shared.generation import (
     Finish,
     FinishReason,
     Request,
-    Started,
     Usage,
     Vectors,
 )
 from mlx_router_shared.protocol import Load, ModelFacts
 from mlx_router_worker.engine import Report
-from mlx_router_worker.engines.jobs import Job, JobEngine
+from mlx_router_worker.engines.jobs import Job, JobEngine, PreparedJob
 from mlx_router_worker.text.lengths import LengthBound
 from mlx_router_worker.text.pooling import Kind, Pooling, finished, read_pooling
 
@@ -84,15 +83,14 @@ class EmbeddingEngine(JobEngine[list[int]]):
 
     # ----------------------------------------------------------------- requests
 
-    def submit(self, request_id: str, request: Request) -> list[Event]:
+    def prepare(self, request: Request) -> PreparedJob:
         if not isinstance(request, EmbeddingRequest):
             raise UnsupportedCapability("this model makes embeddings; it generates no text")
         inputs = [self._fitted(tokens, request) for tokens in self._encoded(request)]
         if not inputs:
             raise InvalidRequest("there is nothing to embed", param="input")
         tokens = sum(map(len, inputs))
-        self._begin(request_id, Job(inputs, partial(self._events, request, tokens)))
-        return [Started(prompt_tokens=tokens)]
+        return PreparedJob(tokens, Job(inputs, partial(self._events, request, tokens)))
 
     def _encoded(self, request: EmbeddingRequest) -> list[list[int]]:
         if any(not 0 <= token < self._vocabulary for tokens in request.tokens for token in tokens):

@@ -27,14 +27,13 @@ from mlx_router_shared.generation import (
     Request,
     RerankRequest,
     Scores,
-    Started,
     Usage,
 )
 from mlx_router_shared.protocol import Load, ModelFacts
 from mlx_router_worker.engine import Report
 from mlx_router_worker.engines.base import refuse_additions
 from mlx_router_worker.engines.embedding import EmbeddingEngine
-from mlx_router_worker.engines.jobs import Job, JobEngine
+from mlx_router_worker.engines.jobs import Job, JobEngine, PreparedJob
 from mlx_router_worker.text.lengths import LengthBound
 from mlx_router_worker.text.pooling import Kind
 
@@ -147,7 +146,7 @@ class RerankEngine(JobEngine[Pair]):
         if mx.default_device() != mx.Device(mx.cpu):
             self._compute([([0, 0], [0, 0])])
 
-    def submit(self, request_id: str, request: Request) -> list[Event]:
+    def prepare(self, request: Request) -> PreparedJob:
         if not isinstance(request, RerankRequest):
             raise UnsupportedCapability("this model ranks documents; it generates nothing")
         if self._bound.exceeds(request.query):
@@ -156,8 +155,7 @@ class RerankEngine(JobEngine[Pair]):
         if not pairs:
             raise InvalidRequest("there is nothing to rank", param="documents")
         tokens = sum(map(self._length, pairs))
-        self._begin(request_id, Job(pairs, partial(self._events, tokens)))
-        return [Started(prompt_tokens=tokens)]
+        return PreparedJob(tokens, Job(pairs, partial(self._events, tokens)))
 
     def _pair(self, query: str, document: str) -> Pair:
         """A document is cut at its end; a query that leaves no room for one is refused."""

@@ -173,6 +173,9 @@ class FakeEngine:
             file=sys.stderr, flush=True,
         )  # fmt: skip
 
+    def prepare(self, request: Request) -> Request:
+        return request
+
     def submit(self, request_id: str, request: Request) -> list[Event]:
         match request:
             case CountRequest():
@@ -275,6 +278,9 @@ class FakeEngine:
                 ]
             out.append(StreamEvents(request_id=stream.request_id, events=events))
         return out
+
+    def rest(self) -> None:
+        pass
 
     def reading(self) -> EngineReading:
         size = len(self._memory)

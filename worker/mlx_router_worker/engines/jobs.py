@@ -10,16 +10,16 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import mlx.core as mx
 
-from mlx_router_shared.generation import Event, StreamEvents
+from mlx_router_shared.generation import Event, Request, Started, StreamEvents
 from mlx_router_shared.protocol import ModelFacts
 from mlx_router_worker.engines.base import BaseEngine
 from mlx_router_worker.text.pooling import batches
 
-__all__ = ["Job", "JobEngine"]
+__all__ = ["Job", "JobEngine", "PreparedJob"]
 
 # Padded tokens of one step: what bounds its memory, and how long a cancel or another request waits.
 _BATCH_TOKENS: Final = 4096
@@ -34,6 +34,13 @@ class Job(Generic[Piece]):
     pieces: list[Piece]
     finish: Callable[[list[Any]], list[Event]]
     results: dict[int, Any] = field(default_factory=dict)
+
+
+class PreparedJob(NamedTuple):
+    """A job and the number of its tokens."""
+
+    tokens: int
+    job: Job[Any]
 
 
 class JobEngine(BaseEngine, Generic[Piece]):
@@ -65,9 +72,15 @@ class JobEngine(BaseEngine, Generic[Piece]):
             warm_up_seconds=0.0,
         )
 
-    def _begin(self, request_id: str, job: Job[Piece]) -> None:
+    @abstractmethod
+    def prepare(self, request: Request) -> PreparedJob: ...
+
+    def submit(self, request_id: str, prepared: Any) -> list[Event]:
+        assert isinstance(prepared, PreparedJob)
+        job = prepared.job
         self._jobs[request_id] = job
         self._order.extend((request_id, number) for number in range(len(job.pieces)))
+        return [Started(prompt_tokens=prepared.tokens)]
 
     def cancel(self, request_id: str) -> None:
         if self._jobs.pop(request_id, None) is not None:
@@ -94,8 +107,6 @@ class JobEngine(BaseEngine, Generic[Piece]):
                 del self._jobs[request_id]
                 events = job.finish([job.results[number] for number in range(len(job.pieces))])
                 out.append(StreamEvents(request_id=request_id, events=events))
-        if not self._jobs:
-            mx.clear_cache()
         return out
 
     def close(self) -> None:

@@ -1,397 +1,409 @@
-"""Text generation: mlx-lm's batch generator behind the ``Engine`` protocol.
+"""Text generation by mlx-lm's models.
 
-The ``mlx_`` modules are the only ones of the project that import mlx and mlx_lm, and this one alone touches the parts
-of mlx-lm that move fast; a contract test plays the demo model through it. One thread loads, generates and frees. What
-must not happen in a step is checked before a request is inserted, because an exception inside ``BatchGenerator.next``
-corrupts the rows of the other requests.
+One thread loads, generates and frees. A step is one chunk of a prompt or one token for the rows that are decoded; the
+scheduler says which. What must not happen in a step is checked before a request is accepted, because an exception
+there ends the worker with all of its requests.
+
+A request is a ``Row``: in the prefill lane until its prompt is processed, then in a batch, or in the draft lane while
+it is alone. A row whose caches do not fit beside the others waits; one that no longer fits gives its caches up and is
+processed again when there is memory for it.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator, make_text_state_machine
-from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_router_shared.capabilities import chat_capabilities
-from mlx_router_shared.errors import ErrorCode, LoadFailed, MlxRouterError, UnsupportedCapability
-from mlx_router_shared.generation import (
-    ContextTokens,
-    Event,
-    Failure,
-    Finish,
-    FinishReason,
-    GenerationRequest,
-    PromptEcho,
-    Request,
-    Sampling,
-    Started,
-    StreamEvents,
-    Usage,
-    failure_of,
-)
-from mlx_router_shared.protocol import Load, ModelFacts
+from mlx_router_shared.cache_size import estimate_cache, estimate_work
+from mlx_router_shared.errors import ContextLengthExceeded
+from mlx_router_shared.generation import Event, Failure, Finish, FinishReason, PromptEcho, StreamEvents
+from mlx_router_shared.model_config import text_config
+from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
 from mlx_router_worker.engine import Report
-from mlx_router_worker.engines.base import BaseEngine
-from mlx_router_worker.generation.answers import AnswerStream, Drawn, Vocabulary
+from mlx_router_worker.engines.answering import AnsweringEngine, Prepared
+from mlx_router_worker.generation.answers import Drawn as DrawnToken
+from mlx_router_worker.generation.caches import Cache, can_batch, evaluate, measure, merge, new_cache
+from mlx_router_worker.generation.decode import Batches, Drawn
 from mlx_router_worker.generation.drafts import DraftLane
-from mlx_router_worker.generation.guides import Guides
-from mlx_router_worker.generation.parameters import first_said, read_generation_config
-from mlx_router_worker.generation.sampling import Samplers, processors_for
+from mlx_router_worker.generation.memory import MemoryLedger
+from mlx_router_worker.generation.prefill import PrefillLane
+from mlx_router_worker.generation.rows import Row
+from mlx_router_worker.generation.sampling import Scores, draw, processors_for
+from mlx_router_worker.generation.schedule import LONGEST_CHUNK, Chunk, PrefillScheduler
 from mlx_router_worker.generation.scoring import PromptScore
-from mlx_router_worker.text.answer import AnswerBuilder
-from mlx_router_worker.text.json_calls import repairing, with_objects
-from mlx_router_worker.text.prompt import template_tools
-from mlx_router_worker.text.renderer import PromptRenderer, is_chat
-from mlx_router_worker.text.token_bytes import is_token
 
-log = logging.getLogger(__name__)
+__all__ = ["TextEngine"]
 
-__all__ = ["PREFILL_TOKENS", "TextEngine", "Prompt"]
-
-# One chunk of a prompt is computed between two decode steps, so this bounds the stutter of running streams; mlx-lm's
-# default of 2048 is made for throughput.
-PREFILL_TOKENS: Final = 512
-_LEAST_PREFILL_TOKENS: Final = 64
-_STEPS_BETWEEN_CACHE_EVALS: Final = 256
-_DRAFT_UID: Final = -1  # the generator counts from 0
+_HEADROOM_TOKENS: Final = 256
+"""Of an answer, for which memory must be free when a row begins."""
+_LEAST_ROW_TOKENS: Final = 256
+"""A row of this length is accepted whatever the limit says: less memory would make a loaded model useless."""
+_WARM_UP_TOKENS: Final = 512
+_LONGEST_CHUNK_ON_CPU: Final = 512
+"""Longer ones are slower there: attention keeps the scores of all pairs of tokens."""
+_SPARE_BYTES: Final = 4 * 2**30
+"""For caches, where no limit is known."""
 
 
-class Prompt(NamedTuple):
-    """The tokens of a prompt, how many turns were left out, and what else its insertion needs."""
-
-    tokens: list[int]
-    dropped: int
-    extra: dict[str, Any]
-
-
-@dataclass(slots=True)
-class _Scoring:
-    """A request whose answer begins when the log probabilities of its prompt are known."""
-
-    request: GenerationRequest
-    prompt: Prompt
-    score: PromptScore
-    started: float
-
-
-class TextEngine(BaseEngine):
+class TextEngine(AnsweringEngine):
     """Implements ``Engine`` for text generation."""
 
     def __init__(self, _send_bytes: Callable[[bytes], None]) -> None:
         super().__init__()
-        self._streams: dict[int, AnswerStream] = {}
-        self._uids: dict[str, int] = {}
-        self._scoring: dict[str, _Scoring] = {}
-        self._generator: BatchGenerator | None = None
+        self._rows: dict[str, Row] = {}
+        self._late: deque[Drawn] = deque()
+        """Tokens that were read while a row was removed; told in the next step."""
         self._drafts: DraftLane | None = None
-        self._machine: Any = None
-        self._batch_steps = 0
-        self._generation_config = Sampling()
-        self._samplers: Samplers | None = None
 
     # ------------------------------------------------------------------ loading
 
     def load(self, load: Load, report: Report) -> ModelFacts:
         config = self._load_weights(load, report)
-        self._check_cache(config)
         if load.draft_path:
             self._load_draft(Path(load.draft_path))
-        self._generation_config = read_generation_config(Path(load.path))
-        self._guides = Guides(self._tokenizer, Path(load.path))
-        self._machine = make_text_state_machine(self._tokenizer)
-        self._renderer = self._new_renderer()
-        self._words = Vocabulary(self._tokenizer)
-        self._samplers = Samplers(self._vocabulary)
+        self._load_text(load)
         mx.random.seed(int.from_bytes(os.urandom(8)))
-        self._generator = self._new_generator(load.parallel)
-        self._apply_wired_limit()  # the generator has just set it to all there is
-        can = chat_capabilities(self._tokenizer.chat_template, self._tokenizer.get_vocab(), {})
-        return ModelFacts(
-            context_tokens=self._context_tokens,
-            has_chat_template=bool(self._tokenizer.has_chat_template),
-            has_thinking=bool(self._tokenizer.has_thinking and can.thinking),
-            has_tools=bool(self._tokenizer.has_tool_calling),
-            weights_bytes=self._weights_bytes,
-            memory_bytes=mx.get_active_memory(),
-            weights_seconds=self._weights_seconds,
-            warm_up_seconds=0.0,
+        batched = can_batch(new_cache(self._model))
+        self._parallel = load.parallel
+        self._lane = PrefillLane(self._model, self._vocabulary)
+        self._batches = Batches(self._model, can_batch=batched, weights_bytes=self._weights_bytes)
+        on_cpu = mx.default_device().type == mx.cpu
+        self._scheduler = PrefillScheduler(
+            load.prefill_share, load.longest_gap_ms / 1000, _LONGEST_CHUNK_ON_CPU if on_cpu else LONGEST_CHUNK
         )
-
-    def _new_renderer(self) -> PromptRenderer:
-        return PromptRenderer(self._tokenizer, self._context_tokens, self._vocabulary)
-
-    def _check_cache(self, config: dict[str, Any]) -> None:
-        if not all(hasattr(cache, "merge") for cache in make_prompt_cache(self._model)):
-            raise LoadFailed(f"the {config.get('model_type')} architecture keeps a cache that cannot be batched")
+        text = dict(text_config(config))
+        self._ledger = MemoryLedger(
+            limit_bytes=0,
+            weights_bytes=self._weights_bytes,
+            cache=estimate_cache(text),
+            work=estimate_work(text, fused_attention=not on_cpu),
+        )
+        self._limit_rows(load.memory_limit_bytes, load.requests_limit_bytes)
+        self._renderer.spare_bytes = self._spare_bytes
+        self._apply_wired_limit()
+        return self._answering_facts(mx.get_active_memory(), batched=batched)
 
     def _load_draft(self, folder: Path) -> None:
         started = time.perf_counter()
-        self._drafts = DraftLane(self._model, self._tokenizer, folder, PREFILL_TOKENS)
+        self._drafts = DraftLane(self._model, self._tokenizer, folder)
         self._weights_bytes += self._drafts.weights_bytes
         self._weights_seconds += time.perf_counter() - started
 
     def warm_up(self) -> None:
-        """Compile kernels with one token. On a CPU there are none, and a token of a large model takes a second."""
+        """Compile the kernels of a chunk and of a batch. On a CPU there are none, and this would take seconds."""
         if mx.default_device() != mx.Device(mx.cpu):
             self.compile_kernels()
 
     def compile_kernels(self) -> None:
-        """One token by a generator of the calling thread's own: MLX's streams belong to threads."""
-        end = next(iter(self._tokenizer.eos_token_ids), 0)
-        generator = self._new_generator(1)
-        generator.insert([[end] * 2], [1])
-        while generator.next() != ([], []):
-            pass
-        generator.close()
-        self._apply_wired_limit()  # closing has set it to what it was before
+        """Process a prompt and decode with two rows, on caches of the calling thread's own."""
+        end = next(iter(self._ends), 0)
+        rows: list[Cache] = [new_cache(self._model) for _ in range(2)]
+        for tokens, cache in ((_WARM_UP_TOKENS, rows[0]), (2, rows[1])):
+            self._model(mx.array([[end] * tokens]), cache=cache)
+            evaluate(cache)
+        mx.eval(self._model(mx.array([[end]]), cache=rows[0]))
+        if can_batch(rows[0]):
+            mx.eval(self._model(mx.array([[end]] * 2), cache=merge(rows)))
 
-    def _new_generator(self, parallel: int) -> BatchGenerator:
-        return BatchGenerator(
-            self._model,
-            stop_tokens=[[token] for token in self._tokenizer.eos_token_ids],
-            completion_batch_size=parallel,
-            prefill_batch_size=min(8, parallel),
-            prefill_step_size=PREFILL_TOKENS,
-        )
+    def set_limits(self, limits: SetLimits) -> None:
+        super().set_limits(limits)
+        self._limit_rows(limits.memory_limit_bytes, limits.requests_limit_bytes)
+
+    def _limit_rows(self, memory_bytes: int, requests_bytes: int) -> None:
+        self._limit = requests_bytes + self._weights_bytes if requests_bytes else memory_bytes
+        self._apply_limit()
+
+    def _apply_limit(self) -> None:
+        ledger = self._ledger
+        ledger.limit_bytes = max(self._limit, ledger.needed_bytes([[_LEAST_ROW_TOKENS]])) if self._limit else 0
+
+    def _spare_bytes(self) -> int:
+        """What the compute thread may still allocate; callable from any thread."""
+        return max((self._ledger.limit_bytes or _SPARE_BYTES) - mx.get_active_memory(), 0)
 
     # ----------------------------------------------------------------- requests
 
-    def submit(self, request_id: str, request: Request) -> list[Event]:
-        if not isinstance(request, GenerationRequest):
-            raise UnsupportedCapability("this model generates text; it makes no embeddings")
-        started = time.perf_counter()
-        prompt = self._prompt(request)
-        assert self._renderer is not None
-        started_event = Started(
-            prompt_tokens=len(prompt.tokens),
-            dropped_messages=prompt.dropped,
-            unsupported=self._renderer.unsupported(request),
-        )
-        events: list[Event] = [started_event]
-        if request.echo and request.top_logprobs is not None:
-            cache = make_prompt_cache(self._model)
-            score = PromptScore(tokens=prompt.tokens, cache=cache, top=request.top_logprobs)
-            self._scoring[request_id] = _Scoring(request, prompt, score, started)
-            return events
-        if request.echo:
-            events.append(PromptEcho(text=self._prompt_text(request, prompt.tokens)))
-        return events + self._insert(request_id, request, prompt, started)
-
-    def _prompt(self, request: GenerationRequest) -> Prompt:
-        tokens, dropped = self._renderer.tokens(request)
-        return Prompt(tokens, dropped, {})
-
-    def _insert(self, request_id: str, request: GenerationRequest, prompt: Prompt, started: float) -> list[Event]:
-        """Have an answer generated; its first events, which are its last ones when nothing may be generated."""
-        assert self._generator is not None
-        assert self._samplers is not None
-        tokens = prompt.tokens
-        room = self._renderer.context_of(request) - len(tokens)
-        budget = request.max_tokens if request.max_tokens is not None else room
-        sampling = first_said(request.sampling, self._generation_config, request.sampling_defaults)
-        sampler = self._samplers.get(sampling)
-        processors: list[Any] = processors_for(
-            sampling, self._context_tokens, lambda token: is_token(self._tokenizer, token, self._vocabulary)
-        )
-        if budget <= 0:
-            usage = Usage(prompt_tokens=len(tokens), completion_tokens=0)
-            context = [ContextTokens(tokens=tokens)] if request.wants_context else []
-            return [*context, usage, Finish(reason=FinishReason.LENGTH)]
-        chat = is_chat(request)
-        pieces = self._initial_pieces(tokens) if chat else None
-        guide = self._guides.guide(request, pieces, min(budget, room))
-        if guide is not None:
-            processors.append(guide)  # the last word is the grammar's
-        # With a seed the same is to be drawn whether the lane is free or not, and guesses draw as well.
-        repeatable = sampling.seed is not None and sampling.temperature != 0
-        stream = AnswerStream(
+    def submit(self, request_id: str, prepared: Any) -> list[Event]:
+        assert isinstance(prepared, Prepared)
+        self._refuse_oversized(prepared)
+        request, sampling = prepared.request, prepared.sampling
+        events = self._first_events(prepared)
+        wants_score = request.echo and request.top_logprobs is not None
+        if prepared.ending and not wants_score:
+            return events + prepared.ending
+        processors = processors_for(sampling, self._context_tokens)
+        if prepared.guide is not None:
+            processors.append(prepared.guide)  # the last word is the grammar's
+        row = Row(
             request_id=request_id,
-            vocabulary=self._words,
-            detokenizer=self._detokenizer(None if chat and not request.continue_final else tokens[-1]),
-            pieces=pieces,
-            answer=self._answer_builder(request),
-            prompt_tokens=len(tokens),
-            full_reason=FinishReason.LENGTH if budget <= room else FinishReason.CONTEXT,
+            stream=self._open_stream(request_id, prepared),
+            sampler=self._samplers.get(sampling),
+            processors=processors,
             top_logprobs=request.top_logprobs,
-            started=started,
-            budget=min(budget, room),
-            guide=guide,
-            context=list(tokens) if request.wants_context else None,
+            tokens=list(prepared.tokens),
+            arrived=time.perf_counter(),
+            priority=request.priority,
+            repeatable=sampling.seed is not None and sampling.temperature != 0,
+            ending=prepared.ending,
         )
-        # Last of all, because a row without a stream would be generated to its end for nobody.
-        if self._drafts is not None and self._drafts.free and not (processors or prompt.extra or repeatable):
-            uid = _DRAFT_UID
-            self._drafts.begin(uid, tokens, min(budget, room), sampler)
-        else:
-            (uid,) = self._generator.insert(
-                [tokens], [min(budget, room)], samplers=[sampler], logits_processors=[processors], **prompt.extra
-            )
-        self._uids[request_id] = uid
-        self._streams[uid] = stream
-        return []
+        if wants_score and request.top_logprobs is not None:
+            row.score = PromptScore(tokens=prepared.tokens, vocabulary=self._words, top=request.top_logprobs)
+            row.echo = self._prompt_text(prepared)
+        self._rows[request_id] = row
+        self._lane.rows.append(row)
+        return events
 
-    def _detokenizer(self, continued: int | None) -> Any:
-        detokenizer = self._tokenizer.detokenizer
-        if continued is not None:
-            # A fresh detokenizer drops a leading blank, which belongs to the text where a prompt is continued.
-            detokenizer.add_token(continued)
-            detokenizer.last_segment  # noqa: B018  # reading it marks it as read
-        return detokenizer
-
-    def _prompt_text(self, request: GenerationRequest, tokens: list[int]) -> str:
-        return request.prompt if request.prompt is not None else str(self._tokenizer.decode(tokens))
-
-    def _answer_builder(self, request: GenerationRequest) -> AnswerBuilder:
-        tools = template_tools(request.tools)
-        parse_tool = (lambda text: with_objects(self._tokenizer.tool_parser(text, tools), tools)) if tools else None
-        if parse_tool is not None and self._guides.calls_hold_json:
-            parse_tool = repairing(parse_tool)
-        return AnswerBuilder(
-            stops=request.stop,
-            parse_tool=parse_tool if self._tokenizer.has_tool_calling or request.forced_tools else None,
-            tool_markers=(self._tokenizer.tool_call_start or "", self._tokenizer.tool_call_end or ""),
-            make_id=lambda: "call_" + secrets.token_hex(12),
-            json_calls=self._guides.calls_are_json,
-            incremental=request.incremental_tools and (self._guides.calls_are_json or bool(request.forced_tools)),
-            forced=bool(request.forced_tools),
-            max_calls=request.max_tool_calls,
-        )
-
-    def _initial_pieces(self, tokens: list[int]) -> Any:
-        """The state in which an answer begins: reasoning when the prompt ends inside an open think block."""
-        tokenizer = self._tokenizer
-        initial = tokenizer.response_initial_state or "normal"
-        if tokenizer.has_thinking:
-            start = tokenizer.rfind_think_start(tokens)
-            if start >= 0 and start > tokenizer.rfind_think_end(tokens):
-                initial = "reasoning"
-        return self._machine.make_state(initial)
+    def _refuse_oversized(self, prepared: Prepared) -> None:
+        tokens = len(prepared.tokens)
+        if self._ledger.fits([[tokens + 1]]):
+            return
+        raise _too_long_for_memory(tokens, self._ledger.longest_row(tokens))
 
     def cancel(self, request_id: str) -> None:
-        self._scoring.pop(request_id, None)
-        uid = self._uids.pop(request_id, None)
-        if uid is None or self._generator is None:
+        row = self._rows.pop(request_id, None)
+        if row is None:
             return
-        if uid == _DRAFT_UID and self._drafts is not None:
-            self._drafts.cancel()
+        if row in self._lane.rows:
+            self._lane.rows.remove(row)
+        elif self._drafts is not None and self._drafts.row is row:
+            self._drafts.release()
         else:
-            self._generator.remove([uid])
-        self._streams.pop(uid, None)
+            self._late.extend(self._batches.remove(row, self._bytes_per_token))
+        row.cache = None
 
     @property
     def streams(self) -> int:
-        return len(self._streams) + len(self._scoring)
+        return len(self._rows)
+
+    @property
+    def _bytes_per_token(self) -> int:
+        size = self._ledger.cache
+        return size.per_token + size.sliding_per_token
 
     # -------------------------------------------------------------------- steps
 
     def step(self) -> list[StreamEvents]:
-        assert self._generator is not None
         out: list[StreamEvents] = []
-        if self._scoring:
-            request_id, scoring = next(iter(self._scoring.items()))
-            self._score(request_id, scoring, out)
-        if not self._streams:
-            return out
-        if _DRAFT_UID in self._streams and self._drafts is not None:
-            for uid, drawn in self._drafts.step():
-                self._tell(uid, drawn, out)
-        if len(self._streams) > (_DRAFT_UID in self._streams):
-            self._step_batch(out)
-        if not self._streams:
+        self._tell_all(self._late, out)
+        chunk = self._next_chunk()
+        if chunk is not None:
+            self._process(chunk, out)
+        elif self._is_decoding:
+            self._decode(out)
+        else:
+            self._refuse_what_no_longer_fits(out)
+        limit = self._ledger.limit_bytes
+        if limit and mx.get_active_memory() + mx.get_cache_memory() > limit:
             mx.clear_cache()
         return out
 
-    def _share_step(self) -> None:
-        """The bound of ``PREFILL_TOKENS`` is for a step, not for each of the prompts that are read in it."""
-        assert self._generator is not None
-        waiting = sum(not stream.first_token for stream in self._streams.values())
-        share = PREFILL_TOKENS // max(min(waiting, self._generator.prefill_batch_size), 1)
-        self._generator.prefill_step_size = max(share, _LEAST_PREFILL_TOKENS)
+    @property
+    def _decoding(self) -> list[Row]:
+        drafted = self._drafts.row if self._drafts is not None else None
+        return [*self._batches.rows, drafted] if drafted is not None else self._batches.rows
 
-    def _step_batch(self, out: list[StreamEvents]) -> None:
-        assert self._generator is not None
-        self._share_step()
-        prompts, responses = self._generator.next()
-        self._batch_steps += 1
-        if self._batch_steps % _STEPS_BETWEEN_CACHE_EVALS == 0:
-            self._eval_caches()
-        for response in responses:
-            self._tell(response.uid, Drawn(response.token, response.logprobs, response.finish_reason), out)
+    @property
+    def _is_decoding(self) -> bool:
+        return bool(self._batches.groups) or (self._drafts is not None and self._drafts.row is not None)
+
+    def _lengths(self) -> list[list[int]]:
+        """Of all rows that hold caches, by batch."""
+        drafted = self._drafts.row if self._drafts is not None else None
+        single = [[len(row.tokens)] for row in [*self._lane.begun, *([drafted] if drafted is not None else [])]]
+        return [*self._batches.lengths, *single]
+
+    def _fits(self, rows: Sequence[Row]) -> bool:
+        """Whether there is memory for these rows beside those that hold caches."""
+        if not self._ledger.limit_bytes:
+            return True
+        lengths = self._lengths()
+        for row in rows:
+            left = row.stream.budget - row.stream.tokens
+            lengths.append([len(row.tokens) + min(max(left, 0), _HEADROOM_TOKENS)])
+        if len(lengths) == 1:  # alone, a row only needs what it has been accepted for
+            lengths = [[len(rows[0].tokens) + 1]]
+        return self._ledger.fits(lengths)
+
+    def _next_chunk(self) -> Chunk | None:
+        if not self._lane.rows:
+            return None
+        now = time.perf_counter()
+        prompts = self._scheduler.in_order(now, [row.waiting_prompt for row in self._lane.rows])
+        running = len(self._decoding) + len(self._lane.begun)
+        allowed = []
         for prompt in prompts:
-            if prompt.end_of_prompt and (first := self._first_token(prompt.uid)) is not None:
-                self._tell(prompt.uid, first, out)
-                if (stream := self._streams.get(prompt.uid)) is not None:
-                    stream.told_early = True
+            if prompt.has_begun:
+                allowed.append(prompt)
+            elif running < self._parallel and self._scheduler.may_begin(prompt, prompts):
+                # The first that may begin does, or waits for memory; nothing overtakes it meanwhile.
+                if self._fits([prompt.key]):
+                    allowed.append(prompt)
+                running = self._parallel
+        return self._scheduler.next_chunk(now, allowed, decoding=self._is_decoding)
 
-    def _eval_caches(self) -> None:
-        """Evaluate what no token depends on, such as the offset of a layer without positions: each step adds to its
-        graph, and the graph keeps a buffer per step until it is evaluated (mlx-lm's generator evaluates tokens only).
-        """
-        assert self._generator is not None
-        mx.eval([cache.state for cache in self._generator._generation_batch.prompt_cache if not cache.empty()])
-
-    def _tell(self, uid: int, drawn: Drawn, out: list[StreamEvents]) -> None:
-        stream = self._streams.get(uid)
-        if stream is None:
+    def _process(self, chunk: Chunk, out: list[StreamEvents]) -> None:
+        first: Row = chunk.key
+        self._batches.wait()  # so that the chunk's time is its own
+        position, tokens = first.position, self._ledger.longest_chunk(self._lengths(), chunk.tokens)
+        rows = self._lane.together(first, tokens)[: max(self._parallel - len(self._decoding), 1)]
+        if not self._fits(rows):
+            rows = [first]
+        started = time.perf_counter()
+        cache: Cache | None = None
+        logits: mx.array | None
+        if len(rows) > 1:
+            logits, cache = self._lane.process_together(rows)
+            tokens = len(rows) * max(len(row.tokens) for row in rows)
+        else:
+            logits = self._lane.process(first, tokens)
+            tokens = first.position - position
+        running_priority = max((row.priority for row in self._decoding), default=first.priority)
+        seconds = time.perf_counter() - started
+        self._scheduler.note_chunk(position, tokens, seconds, first.priority, running_priority)
+        if logits is None:
             return
-        before = stream.tokens
-        try:
-            events = stream.advance(drawn)
-        except Exception as error:
-            # What becomes of a token as text concerns this stream alone; the batch is as it was.
-            log.exception("event=stream_failed request=%s", stream.request_id)
-            message = f"the answer could not be read: {type(error).__name__}: {error}"
-            events = [Failure(code=ErrorCode.ENGINE_FAILED, message=message)]
-        self._tokens_total += stream.tokens - before
+        held, length = (first.cache, first.position) if cache is None else (cache, max(len(row.tokens) for row in rows))
+        assert held is not None
+        self._ledger.cache = measure(held, length, len(rows))
+        self._apply_limit()  # the shortest row that is accepted in any case takes what is known now
+        if cache is None:
+            others = self._choices_beside(first)
+            self._lane.share(first, others)
+            rows = [first, *others]
+            logits = mx.repeat(logits, len(rows), axis=0)
+        self._begin_answers(rows, logits, cache, out)
+
+    def _choices_beside(self, row: Row) -> list[Row]:
+        """Rows with the same prompt that can begin with a copy of its caches."""
+        others: list[Row] = []
+        free = self._parallel - len(self._decoding) - len(self._lane.begun)
+        for other in self._lane.same_prompt(row)[: max(free, 0)]:
+            if self._fits([*others, other]):
+                others.append(other)
+        return others
+
+    def _begin_answers(self, rows: list[Row], logits: mx.array, cache: Cache | None, out: list[StreamEvents]) -> None:
+        """Draw the first token of rows whose prompts are processed, and have the rows decoded."""
+        for row in rows:
+            self._lane.rows.remove(row)
+            if row.score is not None:
+                echo = PromptEcho(text=row.echo, tokens=row.score.entries)
+                out.append(StreamEvents(request_id=row.request_id, events=[echo]))
+                row.score = None
+        contexts = [mx.array(row.tokens) if row.processors else None for row in rows]
+        for row, (token, scores) in zip(rows, draw(rows, logits, contexts).read(rows), strict=True):
+            if row.ending:
+                out.append(StreamEvents(request_id=row.request_id, events=row.ending))
+                del self._rows[row.request_id]
+            else:
+                self._tell(row, token, scores, out)
+        going_on = [row for row in rows if self._rows.get(row.request_id) is row]
+        if not going_on:
+            return
+        if cache is not None and len(going_on) < len(rows):
+            kept = mx.array([place for place, row in enumerate(rows) if row in going_on])
+            for layer in cache:
+                layer.filter(kept)
+        self._have_decoded(going_on, cache)
+
+    def _have_decoded(self, rows: list[Row], cache: Cache | None) -> None:
+        if self._drafts is not None:
+            (row, *more), waiting = rows, self._lane.rows
+            alone = not more and not waiting and not self._is_decoding and cache is None
+            if alone and not row.processors and not row.repeatable:
+                self._drafts.begin(row)
+                return
+            if (before := self._drafts.release()) is not None:
+                self._batches.join([before], self._bytes_per_token)
+        if cache is not None:
+            self._batches.join(rows, self._bytes_per_token, cache)
+            return
+        for row in rows:
+            self._batches.join([row], self._bytes_per_token)
+
+    def _decode(self, out: list[StreamEvents]) -> None:
+        started = time.perf_counter()
+        drafting = self._drafts is not None and self._drafts.row is not None
+        drawn = self._drafts.step() if drafting and self._drafts is not None else self._batches.step()
+        self._scheduler.note_decode(time.perf_counter() - started)
+        self._tell_all(deque(drawn), out)
+        self._stay_within_limit(out)
+
+    def _tell_all(self, drawn: deque[Drawn], out: list[StreamEvents]) -> None:
+        while drawn:
+            row, token, scores = drawn.popleft()
+            self._tell(row, token, scores, out)
+            if drawn is not self._late:
+                drawn.extend(self._late)
+                self._late.clear()
+
+    def _tell(self, row: Row, token: int, scores: Scores | None, out: list[StreamEvents]) -> None:
+        if self._rows.get(row.request_id) is not row:
+            return
+        row.tokens.append(token)
+        row.drawn += 1
+        reason = "stop" if token in self._ends else "length" if row.drawn >= row.stream.budget else None
+        events = self._advance(row.stream, DrawnToken(token, scores, reason))
         if events:
-            out.append(StreamEvents(request_id=stream.request_id, events=events))
-            if isinstance(events[-1], Finish | Failure):
-                self.cancel(stream.request_id)
+            out.append(StreamEvents(request_id=row.request_id, events=events))
+        if events and isinstance(events[-1], Finish | Failure):
+            self.cancel(row.request_id)
 
-    def _first_token(self, uid: int) -> Drawn | None:
-        """The first token of an answer, as soon as it is drawn.
+    # ------------------------------------------------------------------- memory
 
-        The generator hands a token out after it has computed the next one as well; for the first that would make
-        everybody wait for a step more than needed. A token that ends the turn is left to it.
-        """
-        assert self._generator is not None
-        stream = self._streams.get(uid)
-        batch = self._generator._generation_batch
-        if stream is None or uid not in batch.uids:
-            return None
-        row = batch.uids.index(uid)
-        token = int(batch._next_tokens[row].item())
-        if token in self._tokenizer.eos_token_ids:
-            return None
-        return Drawn(token, batch._next_logprobs[row], "length" if stream.budget == 1 else None)
+    def _stay_within_limit(self, out: list[StreamEvents]) -> None:
+        """Have the newest rows give up their caches until the others fit. The last row ends at the limit."""
+        while not self._ledger.fits(self._lengths()):
+            holding = [*self._lane.begun, *self._decoding]
+            if len(holding) == 1:
+                (row,) = holding
+                if row.stream.tokens:
+                    row.stream.budget = min(row.stream.budget, row.drawn + 1)
+                    row.stream.full_reason = FinishReason.CONTEXT
+                return
+            self._start_over(min(holding, key=lambda row: (row.priority, -row.arrived)), out)
 
-    def _score(self, request_id: str, scoring: _Scoring, out: list[StreamEvents]) -> None:
-        """One more chunk of a prompt; at its end the answer is begun."""
-        if not scoring.score.read(self._model, self._words, PREFILL_TOKENS):
+    def _start_over(self, row: Row, out: list[StreamEvents]) -> None:
+        if row in self._lane.rows:
+            row.start_over()
             return
-        del self._scoring[request_id]
-        text = self._prompt_text(scoring.request, scoring.prompt.tokens)
-        events: list[Event] = [PromptEcho(text=text, tokens=scoring.score.entries)]
-        try:
-            events += self._insert(request_id, scoring.request, scoring.prompt, scoring.started)
-        except MlxRouterError as error:
-            events.append(failure_of(error))
-        out.append(StreamEvents(request_id=request_id, events=events))
+        group = self._batches.group_of(row)
+        assert group is not None, "a row in the draft lane is alone"
+        self._tell_all(deque(group.flush()), out)
+        if self._rows.get(row.request_id) is not row:
+            return  # that token was its last
+        self._late.extend(self._batches.remove(row, self._bytes_per_token))
+        row.start_over()
+        self._lane.rows.append(row)
+
+    def _refuse_what_no_longer_fits(self, out: list[StreamEvents]) -> None:
+        """Nothing runs and nothing may begin: the limit has been lowered since these requests were accepted."""
+        for row in list(self._lane.rows):
+            tokens = len(row.tokens)
+            if not self._ledger.fits([[tokens + 1]]):
+                error = _too_long_for_memory(tokens, self._ledger.longest_row(tokens))
+                failure = Failure(code=error.code, message=error.message)
+                out.append(StreamEvents(request_id=row.request_id, events=[failure]))
+                self.cancel(row.request_id)
 
     def close(self) -> None:
-        if self._generator is not None:
-            self._generator.close()
-        self._generator = self._drafts = None
-        self._machine = None
-        self._streams.clear()
-        self._scoring.clear()
+        self._rows.clear()
+        self._late.clear()
+        self._drafts = None
+        if self._model is not None and hasattr(self, "_lane"):
+            del self._lane, self._batches
         super().close()
+
+
+def _too_long_for_memory(tokens: int, limit: int) -> ContextLengthExceeded:
+    return ContextLengthExceeded(
+        f"a conversation of {tokens} tokens does not fit in the memory of this model; up to {limit} tokens do",
+        tokens=tokens,
+        limit=limit,
+    )

@@ -42,11 +42,14 @@ class TokenizerEngine:
     def set_limits(self, limits: SetLimits) -> None:
         pass
 
-    def submit(self, request_id: str, request: Request) -> list[Event]:
+    def prepare(self, request: Request) -> Any:
         if not isinstance(request, CountRequest):
             raise InvalidRequest("this worker only counts tokens")
         tokens, text = self._renderer(request.path).count(request.request)
-        return [Counted(tokens=tokens, text=text), Finish(reason=FinishReason.STOP)]
+        return Counted(tokens=tokens, text=text)
+
+    def submit(self, request_id: str, prepared: Any) -> list[Event]:
+        return [prepared, Finish(reason=FinishReason.STOP)]
 
     def cancel(self, request_id: str) -> None:
         pass
@@ -57,6 +60,9 @@ class TokenizerEngine:
 
     def step(self) -> list[StreamEvents]:
         return []
+
+    def rest(self) -> None:
+        pass
 
     def reading(self) -> EngineReading:
         return EngineReading()

@@ -1,9 +1,10 @@
 """Text generation from images and text by mlx-vlm: the extra ``vision``.
 
-mlx-vlm's own batch generator behind the interface that the text engine uses of mlx-lm's, so that everything else of an
-answer (sampling, grammars, tools, thinking, log probabilities) is the same code. What differs:
+Everything of an answer but its computation (sampling, grammars, tools, thinking, log probabilities) is the text
+engine's code. What differs:
 
-- An image becomes embeddings before its request is inserted; all on the engine's thread, and evaluated.
+- mlx-vlm's batch generator processes prompts and decodes.
+- An image becomes embeddings before its request is inserted; all on the compute thread, and evaluated.
 - One sampler belongs to the whole generator. So each row draws inside its last logits processor, which leaves the
   token that it drew as the only possible one.
 - A row is admitted only while ``completion_batch_size`` minus the running rows is at least ``prefill_batch_size``.
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import mlx.core as mx
 import numpy as np
@@ -26,87 +28,50 @@ from mlx_vlm.utils import load, prepare_inputs, should_add_special_tokens
 from PIL import Image
 
 from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, UnsupportedCapability
-from mlx_router_shared.generation import GenerationRequest, Message
-from mlx_router_shared.protocol import Load
+from mlx_router_shared.generation import Event, Failure, Finish, GenerationRequest, Message, Request, StreamEvents
+from mlx_router_shared.protocol import Load, ModelFacts
 from mlx_router_worker.engine import Report
+from mlx_router_worker.engines.answering import AnsweringEngine, Prepared
 from mlx_router_worker.engines.base import refuse_additions
 from mlx_router_worker.engines.load_tokenizer import load_model_tokenizer
-from mlx_router_worker.engines.text import PREFILL_TOKENS, Prompt, TextEngine
+from mlx_router_worker.generation.answers import AnswerStream, Drawn
+from mlx_router_worker.generation.sampling import Draw, Processor, Sampler, draw, processors_for
 from mlx_router_worker.text.renderer import PromptRenderer, is_chat
 from mlx_router_worker.text.template_traits import CallStyle
 
 __all__ = ["VisionEngine"]
 
+_PREFILL_TOKENS: Final = 512
 _MOST_PIXELS: Final = 64_000_000
 _FIELDS_WITH_IMAGE_TOKENS: Final = ("image_token", "video_token", "audio_token")
 
 
-class _Response(NamedTuple):
-    uid: int
-    token: int
-    logprobs: Any
-    finish_reason: str | None
-
-
 class _Row:
-    """Draws the tokens of one request, and keeps their log probabilities until they are handed out."""
+    """Draws the tokens of one request, and keeps their scores until they are handed out."""
 
-    def __init__(self, sampler: Callable[[mx.array], mx.array]) -> None:
-        self._sampler = sampler
-        self.logprobs: deque[mx.array] = deque()
+    def __init__(self, stream: AnswerStream, sampler: Sampler, top_logprobs: int | None) -> None:
+        self.stream = stream
+        self.sampler = sampler
+        self.processors: tuple[Processor, ...] = ()
+        self.top_logprobs = top_logprobs
+        self.draws: deque[Draw] = deque()
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        drawn = self._sampler(logprobs)
-        self.logprobs.append(logprobs[0])
-        chosen = mx.arange(logits.shape[-1])[None] == drawn.reshape(-1, 1)
+        drawn = draw([self], logits, [None])
+        self.draws.append(drawn)
+        chosen = mx.arange(logits.shape[-1])[None] == drawn.tokens.reshape(-1, 1)
         return mx.where(chosen, mx.array(0.0, logits.dtype), mx.array(-np.inf, logits.dtype))
 
 
-class _Generator:
-    """mlx-vlm's batch generator with the calls of mlx-lm's."""
-
-    def __init__(self, model: Any, processor: Any, parallel: int) -> None:
-        self._inner = BatchGenerator(
-            model.language_model, processor, completion_batch_size=max(parallel, 2), prefill_batch_size=1,
-            prefill_step_size=PREFILL_TOKENS,
-        )  # fmt: skip
-        self._rows: dict[int, _Row] = {}
-
-    def insert(
-        self, prompts: list[list[int]], max_tokens: list[int], *, samplers: list[Any],
-        logits_processors: list[list[Any]], prompt_kwargs: list[dict[str, Any]],
-    ) -> list[int]:  # fmt: skip
-        row = _Row(samplers[0])
-        uids = self._inner.insert(
-            prompts, max_tokens, prompt_kwargs=prompt_kwargs, logits_processors=[[*logits_processors[0], row]]
-        )
-        self._rows[uids[0]] = row
-        return list(uids)
-
-    def next(self) -> tuple[list[Any], list[_Response]]:
-        if not self._inner.has_work:
-            return [], []
-        _, tokens = self._inner.next()
-        out = []
-        for drawn in tokens:
-            row = self._rows[drawn.uid]
-            out.append(_Response(drawn.uid, drawn.token, row.logprobs.popleft(), drawn.finish_reason))
-            if drawn.finish_reason is not None:
-                del self._rows[drawn.uid]
-        return [], out
-
-    def remove(self, uids: list[int]) -> None:
-        for uid in uids:
-            if self._rows.pop(uid, None) is not None:
-                self._inner.remove(uid)
-
-    def close(self) -> None:
-        self._inner.close()
-
-
-class VisionEngine(TextEngine):
+class VisionEngine(AnsweringEngine):
     """Implements ``Engine`` for models that see."""
+
+    def __init__(self, _send_bytes: Callable[[bytes], None]) -> None:
+        super().__init__()
+        self._rows: dict[int, _Row] = {}
+        self._uids: dict[str, int] = {}
+
+    # ------------------------------------------------------------------ loading
 
     def _load_weights(self, order: Load, report: Report, *, strict: bool = True) -> dict[str, Any]:
         refuse_additions(order, "vision")
@@ -123,41 +88,97 @@ class VisionEngine(TextEngine):
         self._note_config(order, config)
         return config
 
-    def _check_cache(self, config: dict[str, Any]) -> None:
-        """mlx-vlm batches whatever it can load."""
+    def load(self, load: Load, report: Report) -> ModelFacts:
+        self._load_weights(load, report)
+        self._load_text(load)
+        mx.random.seed(int.from_bytes(os.urandom(8)))
+        self._generator = BatchGenerator(
+            self._model.language_model, self._processor, completion_batch_size=max(load.parallel, 2),
+            prefill_batch_size=1, prefill_step_size=_PREFILL_TOKENS,
+        )  # fmt: skip
+        self._apply_wired_limit()  # the generator has just set it to all there is
+        return self._answering_facts(mx.get_active_memory(), batched=True)
 
-    def _new_generator(self, parallel: int) -> Any:
-        return _Generator(self._model, self._processor, parallel)
+    def warm_up(self) -> None:
+        """The first request does it."""
 
     def _new_renderer(self) -> PromptRenderer:
         return _VisionRenderer(self._tokenizer, self._context_tokens, self._vocabulary, self._markers_in_text())
 
-    def _share_step(self) -> None:
-        """mlx-vlm reads one prompt at a time here."""
+    # ----------------------------------------------------------------- requests
 
-    def _eval_caches(self) -> None:
-        """mlx-vlm's generator evaluates its caches at an interval of its own."""
-
-    def compile_kernels(self) -> None:
-        """The first request does it."""
-
-    def _first_token(self, uid: int) -> None:
-        return None
-
-    def _prompt(self, request: GenerationRequest) -> Prompt:
-        """Its tokens with room for the images, and the embeddings of both."""
+    def prepare(self, request: Request) -> Any:
+        """Return the request and its text: images become tokens on the compute thread, where MLX may be used."""
+        if not isinstance(request, GenerationRequest):
+            raise UnsupportedCapability("this model generates text; it makes no embeddings")
+        started = time.perf_counter()
         if request.echo and request.top_logprobs is not None:
             raise UnsupportedCapability("this model does not score prompts", param="echo")
-        images = [_open(data) for message in request.messages for data in message.images]
-        if is_chat(request):
-            assert isinstance(self._renderer, _VisionRenderer)
-            inputs = self._inputs(self._renderer.text(request), images)
-        else:
+        if not is_chat(request):
             tokens, _ = self._renderer.tokens(request)
-            inputs = {"input_ids": mx.array([tokens])}
+            return request, tokens, started
+        assert isinstance(self._renderer, _VisionRenderer)
+        return request, self._renderer.text(request), started
+
+    def submit(self, request_id: str, prepared: Any) -> list[Event]:
+        request, text, started = prepared
+        ready = self._with_images(request, text, started)
+        events = self._first_events(ready)
+        if ready.ending:
+            return events + ready.ending
+        processors = processors_for(ready.sampling, self._context_tokens)
+        if ready.guide is not None:
+            processors.append(ready.guide)  # the last word is the grammar's
+        stream = self._open_stream(request_id, ready)
+        row = _Row(stream, self._samplers.get(ready.sampling), request.top_logprobs)
+        (uid,) = self._generator.insert(
+            [ready.tokens], [ready.budget], prompt_kwargs=[ready.extra], logits_processors=[[*processors, row]]
+        )
+        self._uids[request_id] = uid
+        self._rows[uid] = row
+        return events
+
+    def cancel(self, request_id: str) -> None:
+        uid = self._uids.pop(request_id, None)
+        if uid is not None and self._rows.pop(uid, None) is not None:
+            self._generator.remove([uid])
+
+    @property
+    def streams(self) -> int:
+        return len(self._rows)
+
+    def step(self) -> list[StreamEvents]:
+        out: list[StreamEvents] = []
+        if not self._generator.has_work:
+            return out
+        for drawn in self._generator.next()[1]:
+            row = self._rows.get(drawn.uid)
+            if row is None:
+                continue
+            ((_, scores),) = row.draws.popleft().read([row])
+            events = self._advance(row.stream, Drawn(drawn.token, scores, drawn.finish_reason))
+            if drawn.finish_reason is not None:
+                del self._rows[drawn.uid], self._uids[row.stream.request_id]
+            if events:
+                out.append(StreamEvents(request_id=row.stream.request_id, events=events))
+                if isinstance(events[-1], Finish | Failure):
+                    self.cancel(row.stream.request_id)
+        return out
+
+    def close(self) -> None:
+        self._generator.close()
+        self._rows.clear()
+        self._uids.clear()
+        super().close()
+
+    def _with_images(self, request: GenerationRequest, text: Any, started: float) -> Prepared:
+        """Its tokens with room for the images, and the embeddings of both."""
+        images = [_open(data) for message in request.messages for data in message.images]
+        inputs = self._inputs(text, images) if isinstance(text, str) else {"input_ids": mx.array([text])}
         ids, pixels = inputs.pop("input_ids"), inputs.pop("pixel_values", None)
         mask = inputs.pop("attention_mask", None)
-        tokens = [int(token) for token in ids.squeeze(0).tolist()]
+        listed: Any = ids.squeeze(0).tolist()
+        tokens = [int(token) for token in listed]
         limit = self._renderer.context_of(request)
         if len(tokens) >= limit:
             raise ContextLengthExceeded(
@@ -168,7 +189,7 @@ class VisionEngine(TextEngine):
         embedded = self._model.get_input_embeddings(ids, pixels, mask=mask, **inputs).to_dict()
         extra = {**inputs, **{name: value for name, value in embedded.items() if value is not None}}
         mx.eval([value for value in extra.values() if isinstance(value, mx.array)])
-        return Prompt(tokens, 0, {"prompt_kwargs": [extra]})
+        return self._prepared(request, tokens, started, extra=extra)
 
     def _inputs(self, prompt: str, images: list[Any]) -> dict[str, Any]:
         special = should_add_special_tokens(self._model.config.model_type, self._processor)

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import mlx.core as mx
 from mlx_lm.generate import TextStateMachine
 
 from mlx_router_shared.generation import (
@@ -21,7 +20,7 @@ from mlx_router_shared.generation import (
     TokenLogprob,
     Usage,
 )
-from mlx_router_worker.generation.sampling import GuideProcessor
+from mlx_router_worker.generation.sampling import GuideProcessor, Scores
 from mlx_router_worker.text.answer import AnswerBuilder
 from mlx_router_worker.text.token_bytes import token_bytes
 
@@ -32,10 +31,10 @@ _NO_LOGPROB: Final = -9999.0  # JSON has no infinity
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A token as the generator has drawn it; ``logprobs`` of the whole vocabulary."""
+    """A drawn token; its scores, if the request wants them; ``stop`` or ``length`` if it is the last."""
 
     token: int
-    logprobs: Any
+    scores: Scores | None
     finish_reason: str | None
 
 
@@ -46,14 +45,9 @@ class Vocabulary:
         self._tokenizer = tokenizer
         self._byte_level = "BPE" in type(tokenizer.detokenizer).__name__
 
-    def logprob(self, token: int, logprobs: Any, top: int) -> TokenLogprob:
-        """``logprobs`` over the vocabulary, in the model's dtype; ``top``: how many of the best are told as well."""
-        logprobs = logprobs.astype(mx.float32)
-        best: list[TokenLogprob] = []
-        if top:
-            order: Any = mx.argsort(-logprobs)[:top].tolist()
-            best = [self.entry(other, logprobs[other].item()) for other in order]
-        return self.entry(token, logprobs[token].item(), best)
+    def logprob(self, token: int, scores: Scores) -> TokenLogprob:
+        """Return the scores of a token in words."""
+        return self.entry(token, scores.logprob, [self.entry(other, logprob) for other, logprob in scores.best])
 
     def entry(self, token: int, logprob: float | None, best: list[TokenLogprob] | None = None) -> TokenLogprob:
         data = token_bytes(self._tokenizer.convert_ids_to_tokens(token), byte_level=self._byte_level)
@@ -74,16 +68,13 @@ class AnswerStream:
     prompt_tokens: int
     full_reason: FinishReason
     """What running out of tokens means: the request's budget or the context."""
-    top_logprobs: int | None
     started: float
     budget: int
-    """The most tokens that the generator will draw."""
+    """The most tokens that are drawn."""
     guide: GuideProcessor | None = None
     context: list[int] | None = None
     """Token ids of prompt and answer, if they are wanted."""
     first_token: float = 0.0
-    told_early: bool = False
-    """The next token that the generator hands out is the first, and was told already."""
     tokens: int = 0
     reasoning_tokens: int = 0
     _logprobs: deque[tuple[int, TokenLogprob]] = field(default_factory=deque)
@@ -94,23 +85,19 @@ class AnswerStream:
         """The events of one token; the last of them is ``Finish`` or ``Failure`` when the answer has ended."""
         if not self.first_token:
             self.first_token = time.perf_counter()
-        told_early, self.told_early = self.told_early, False
-        if told_early and drawn.finish_reason is None:
-            return []
         ended = drawn.finish_reason == "stop"
-        new = not ended and not told_early  # the token that ends a turn is not part of its text
+        new = not ended  # the token that ends a turn is not part of its text
         if new:
             self.tokens += 1
             with suppress(IndexError, KeyError, TypeError):  # an id that the tokenizer does not know: no text
                 self.detokenizer.add_token(drawn.token)
-        if self.context is not None and not told_early:
+        if self.context is not None:
             self.context.append(drawn.token)
         pieces = self._cut(drawn.finish_reason is not None)
         if new and pieces[-1][0] == "reasoning":
             self.reasoning_tokens += 1
-        elif new and self.top_logprobs is not None:
-            entry = self.vocabulary.logprob(drawn.token, drawn.logprobs, self.top_logprobs)
-            self._logprobs.append((self._text_length, entry))
+        elif new and drawn.scores is not None:
+            self._logprobs.append((self._text_length, self.vocabulary.logprob(drawn.token, drawn.scores)))
         self._text_length += sum(len(text) for kind, text in pieces if kind == "normal")
         events = self.answer.feed(pieces)
         whole = ended or (drawn.finish_reason is not None and self._is_whole(drawn.token))

@@ -5,23 +5,69 @@ None of them may raise in a step: an exception there corrupts the rows of the ot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final, Protocol
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, greedy_sampler, make_logits_processors
+from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_router_shared.errors import InvalidRequest
 from mlx_router_shared.generation import Sampling
 from mlx_router_worker.text.grammar import Mask
 from mlx_router_worker.text.guide import Guide, as_mask
 
-__all__ = ["GuideProcessor", "Sampler", "Samplers", "processors_for"]
+__all__ = [
+    "Draw", "Drawable", "GuideProcessor", "Processor", "Sampler", "Samplers", "Scores", "check_bias", "draw",
+    "processors_for", "read_scores", "score_tokens", "top_candidates",
+]  # fmt: skip
 
 Sampler = Callable[[mx.array], mx.array]
+"""From logits of shape [rows, vocabulary], or log probabilities, to tokens of shape [rows]."""
 Processor = Callable[[mx.array, mx.array], mx.array]
+
+_BLOCK: Final = 256
+
+
+# ------------------------------------------------------------------------------------------------- candidates
+
+
+def top_candidates(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
+    """Return the ``count`` largest of each row, in descending order, and their places: twice [rows, count].
+
+    The largest lie in the blocks with the largest maxima, so only these are sorted: a tenth of the time of a partition
+    of a whole vocabulary.
+    """
+    width = logits.shape[-1]
+    count = min(count, width)
+    blocks = width // _BLOCK
+    if count >= blocks:
+        return _sorted_top(logits, count)
+    even = blocks * _BLOCK
+    tiles = logits[:, :even].reshape(-1, blocks, _BLOCK)
+    best = mx.argpartition(-tiles.max(axis=-1), kth=count - 1, axis=-1)[:, :count]
+    values = mx.take_along_axis(tiles, best[..., None], axis=1).reshape(logits.shape[0], -1)
+    places = (best[..., None] * _BLOCK + mx.arange(_BLOCK)).reshape(logits.shape[0], -1)
+    if even < width:
+        values = mx.concatenate([values, logits[:, even:]], axis=-1)
+        rest = mx.broadcast_to(mx.arange(even, width), (logits.shape[0], width - even))
+        places = mx.concatenate([places, rest.astype(places.dtype)], axis=-1)
+    values, order = _sorted_top(values, count)
+    return values, mx.take_along_axis(places, order, axis=-1)
+
+
+def _sorted_top(values: mx.array, count: int) -> tuple[mx.array, mx.array]:
+    order = mx.argpartition(-values, kth=count - 1, axis=-1)[:, :count] if count < values.shape[-1] else None
+    kept = values if order is None else mx.take_along_axis(values, order, axis=-1)
+    descending = mx.argsort(-kept, axis=-1)
+    kept = mx.take_along_axis(kept, descending, axis=-1)
+    return kept, descending if order is None else mx.take_along_axis(order, descending, axis=-1)
+
+
+# --------------------------------------------------------------------------------------------------- samplers
 
 
 class Samplers:
@@ -32,10 +78,10 @@ class Samplers:
         self._known: dict[tuple[float, float, int, float], Sampler] = {}
 
     def get(self, sampling: Sampling) -> Sampler:
-        """Return the sampler of normalised parameters (``sampling.normalise``)."""
+        """Return the sampler of normalised parameters (``parameters.normalise``)."""
         temperature = sampling.temperature if sampling.temperature is not None else 1.0
         if temperature == 0:
-            return greedy_sampler
+            return _greedy
         top_k = sampling.top_k or 0
         key = (temperature, sampling.top_p or 1.0, top_k if top_k < self._vocabulary else 0, sampling.min_p or 0.0)
         if sampling.seed is not None:
@@ -47,33 +93,54 @@ class Samplers:
         return self._known[key]
 
 
-def _make_sampler(temperature: float, top_p: float, top_k: int, min_p: float, *, seed: int | None) -> Sampler:
-    """Ollama's order of filters. A seeded sampler has a key of its own: MLX's global one belongs to all requests."""
-    key = None if seed is None else mx.random.key(seed & 0xFFFFFFFFFFFFFFFF)
+def _greedy(logits: mx.array) -> mx.array:
+    return mx.argmax(logits, axis=-1)
 
-    def sample(logprobs: mx.array) -> mx.array:
+
+def _make_sampler(temperature: float, top_p: float, top_k: int, min_p: float, *, seed: int | None) -> Sampler:
+    """Ollama's order of filters: top-k, temperature, top-p, min-p. Everything after top-k sees its candidates only.
+
+    A seeded sampler has a key of its own: MLX's global one belongs to all requests.
+    """
+    key = None if seed is None else mx.random.key(seed & 0xFFFFFFFFFFFFFFFF)
+    nucleus = 0 < top_p < 1
+
+    def sample(logits: mx.array) -> mx.array:
         nonlocal key
-        if top_k:
-            logprobs = apply_top_k(logprobs, top_k)
-        logprobs = logprobs.astype(mx.float32) / temperature
-        if 0 < top_p < 1:
-            logprobs = apply_top_p(logprobs, top_p)
+        candidates = None
+        if top_k or nucleus:  # top-p reads them from the likeliest on
+            logits, candidates = top_candidates(logits, top_k or logits.shape[-1])
+        logits = logits.astype(mx.float32) / temperature
+        if nucleus:
+            probabilities = mx.softmax(logits, axis=-1)
+            before = mx.cumsum(probabilities, axis=-1) - probabilities
+            before[..., 0] = 0
+            logits = mx.where(before < top_p, logits, -mx.inf)
         if min_p > 0:
-            logprobs = apply_min_p(logprobs, min_p)
-        if key is None:
-            return mx.random.categorical(logprobs)
-        key, draw = mx.random.split(key)
-        return mx.random.categorical(logprobs, key=draw)
+            least = mx.max(logits, axis=-1, keepdims=True) + math.log(min_p)
+            logits = mx.where(logits >= least, logits, -mx.inf)
+        draw_key = None
+        if key is not None:
+            key, draw_key = mx.random.split(key)
+        drawn = mx.random.categorical(logits, key=draw_key)
+        return drawn if candidates is None else mx.take_along_axis(candidates, drawn[..., None], axis=-1)[..., 0]
 
     return sample
 
 
-def processors_for(sampling: Sampling, context_tokens: int, is_token: Callable[[int], bool]) -> list[Processor]:
-    """Penalties and biases; an empty list costs nothing. Raises ``InvalidRequest`` for an unknown token id."""
-    last = 64 if sampling.repeat_last_n is None else sampling.repeat_last_n
-    size = context_tokens if last < 0 else last
+# ------------------------------------------------------------------------------------------- logits processors
+
+
+def check_bias(sampling: Sampling, is_token: Callable[[int], bool]) -> None:
+    """Raise ``InvalidRequest`` for a bias on an unknown token id."""
     if not all(is_token(token) for token in sampling.logit_bias):
         raise InvalidRequest("logit_bias names a token id outside of this model's vocabulary", param="logit_bias")
+
+
+def processors_for(sampling: Sampling, context_tokens: int) -> list[Processor]:
+    """Penalties and biases; an empty list costs nothing."""
+    last = 64 if sampling.repeat_last_n is None else sampling.repeat_last_n
+    size = context_tokens if last < 0 else last
     repeat = None if sampling.repeat_penalty in (None, 1.0) else sampling.repeat_penalty
     processors: list[Processor] = make_logits_processors(
         logit_bias=sampling.logit_bias or None,
@@ -133,3 +200,112 @@ class GuideProcessor:
             self.failure = str(error) or type(error).__name__
             return logits
         return mx.where(mx.array(mask[None]), logits, mx.array(-np.inf, logits.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------- drawing
+
+
+class Drawable(Protocol):
+    """What is needed of a row to draw its next token."""
+
+    @property
+    def sampler(self) -> Sampler: ...
+
+    @property
+    def processors(self) -> Sequence[Processor]: ...
+
+    @property
+    def top_logprobs(self) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The log probability of a token, and the likeliest tokens at its place with theirs, the best first."""
+
+    logprob: float
+    best: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The drawn tokens of some rows, [rows], and the scores of those rows that want them; not yet evaluated."""
+
+    tokens: mx.array
+    scored: list[int]
+    """The places of the rows that want scores."""
+    scores: tuple[mx.array, mx.array, mx.array] | None
+    """Of the drawn tokens [scored], and of the likeliest: values and ids, [scored, most]."""
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.tokens, *(self.scores or ())]
+
+    def keep(self, rows: Sequence[Drawable], kept: Sequence[Drawable]) -> Draw:
+        """Return the draw of ``kept``, which are some of its rows."""
+        places = [place for place, row in enumerate(rows) if any(row is other for other in kept)]
+        scored = [place for place in self.scored if place in places]
+        scores = None
+        if self.scores is not None and scored:
+            chosen = mx.array([self.scored.index(place) for place in scored])
+            own, values, ids = self.scores
+            scores = own[chosen], values[chosen], ids[chosen]
+        return Draw(self.tokens[mx.array(places)], [places.index(place) for place in scored], scores)
+
+    def read(self, rows: Sequence[Drawable]) -> list[tuple[int, Scores | None]]:
+        """Wait for the result and return it for each row; one transfer for all of them."""
+        tokens: Any = self.tokens.tolist()
+        out: list[tuple[int, Scores | None]] = [(token, None) for token in tokens]
+        if self.scores is not None:
+            for place, scores in zip(self.scored, read_scores(*self.scores), strict=True):
+                most = rows[place].top_logprobs or 0
+                out[place] = (tokens[place], Scores(scores.logprob, scores.best[:most]))
+        return out
+
+
+def draw(rows: Sequence[Drawable], logits: mx.array, contexts: Sequence[mx.array | None]) -> Draw:
+    """Draw the next token of each row from logits of shape [rows, vocabulary].
+
+    ``contexts`` holds the tokens before it for the rows with processors. Rows that share a sampler are drawn together.
+    """
+    if any(row.processors for row in rows):
+        pieces = []
+        for place, (row, context) in enumerate(zip(rows, contexts, strict=True)):
+            piece = logits[place : place + 1]
+            for processor in row.processors:
+                piece = processor(context, piece)  # type: ignore[arg-type]  # a row with processors has a context
+            pieces.append(piece)
+        logits = mx.concatenate(pieces, axis=0)
+    by_sampler: dict[int, list[int]] = {}
+    for place, row in enumerate(rows):
+        by_sampler.setdefault(id(row.sampler), []).append(place)
+    if len(by_sampler) == 1:
+        tokens = rows[0].sampler(logits)
+    else:
+        parts = [rows[places[0]].sampler(logits[mx.array(places)]) for places in by_sampler.values()]
+        order = np.argsort([place for places in by_sampler.values() for place in places])
+        tokens = mx.concatenate([part.astype(mx.uint32) for part in parts])[mx.array(order)]
+    scored = [place for place, row in enumerate(rows) if row.top_logprobs is not None]
+    scores = None
+    if scored:
+        most = max(row.top_logprobs or 0 for row in rows)
+        all_of_them = len(scored) == len(rows)
+        places = mx.array(scored)
+        scores = score_tokens(
+            logits if all_of_them else logits[places], tokens if all_of_them else tokens[places], most
+        )
+    return Draw(tokens, scored, scores)
+
+
+def score_tokens(logits: mx.array, tokens: mx.array, most: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the log probabilities of ``tokens`` [rows] under ``logits`` [rows, vocabulary], and the values and ids of
+    the ``most`` likeliest, [rows, most]; not yet evaluated."""
+    logits = logits.astype(mx.float32)
+    total = mx.logsumexp(logits, axis=-1, keepdims=True)
+    own = mx.take_along_axis(logits, tokens[:, None].astype(mx.int32), axis=-1) - total
+    values, ids = top_candidates(logits, max(most, 1))
+    return own[:, 0], values - total, ids
+
+
+def read_scores(own: mx.array, values: mx.array, ids: mx.array) -> list[Scores]:
+    columns: tuple[Any, Any, Any] = (own.tolist(), values.tolist(), ids.tolist())
+    return [Scores(logprob, list(zip(best, top, strict=True))) for logprob, top, best in zip(*columns, strict=True)]

@@ -7,6 +7,7 @@ can be counted where no weights are.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Final
 
@@ -73,6 +74,8 @@ class PromptRenderer:
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._overrun = ""
         """The limit that the template exceeded while it was probed; else empty."""
+        self.spare_bytes: Callable[[], int] = lambda: 0
+        """What other threads may allocate while a template is rendered."""
 
     def context_of(self, request: GenerationRequest) -> int:
         """The limit that prompt and answer of this request stay in."""
@@ -217,7 +220,7 @@ class PromptRenderer:
         if not self._tokenizer.has_chat_template:
             return TemplateTraits()
         try:
-            with template_limits():
+            with template_limits(spare_bytes=self.spare_bytes()):
                 return probe_template(
                     lambda messages, **arguments: self._template_text(
                         messages, add_generation_prompt=True, **self._special_tokens, **arguments
@@ -289,7 +292,7 @@ class PromptRenderer:
         best, least = None, 0
         for form, style in conversation_forms(messages, self.traits):
             try:
-                with template_limits():
+                with template_limits(spare_bytes=self.spare_bytes()):
                     text = self._apply_template(self._template_messages(form, style), tools, arguments)
             except Exception as error:  # templates raise whatever their authors chose
                 errors.append(error)

@@ -1,7 +1,7 @@
-"""How much cache a model needs, from its config.json alone, by the kinds of layers it has.
+"""How much memory a conversation needs, from a model's config.json alone, by the kinds of layers it has.
 
-An estimate for admission, corrected once the model was loaded; where a config leaves something open the larger answer
-is taken. The worker's engine knows exactly and is not asked, because that costs a process.
+The router plans loads with it, and the worker admits requests by it until it has measured the caches themselves. Where
+a config leaves something open the larger answer is taken.
 """
 
 from __future__ import annotations
@@ -9,13 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["CacheSize", "estimate_cache", "work_space"]
+__all__ = [
+    "CACHE_COPIES",
+    "PROCESS_BYTES",
+    "SHORTEST_CHUNK",
+    "CacheSize",
+    "WorkSize",
+    "estimate_cache",
+    "estimate_work",
+]
 
+SHORTEST_CHUNK: Final = 32
+"""Tokens of a prompt that a worker processes at once when memory or time is short."""
+CACHE_COPIES: Final = 2
+"""Old and new buffers of a conversation's caches exist side by side while they grow or its batch changes."""
+PROCESS_BYTES: Final = 120 * 2**20
+"""Of a process with mlx-lm imported and a tokenizer loaded."""
 _LARGEST: Final = 2**40
 _MOST_LAYERS: Final = 10_000
 _HALF: Final = 2  # bytes of a cache element: caches are kept in half precision
 _SINGLE: Final = 4
-_CHUNK_TOKENS: Final = 512  # of a prompt, computed at once; what the worker's engine uses
+_CHUNK_TOKENS: Final = 512  # of a prompt, processed at once, on top of a window
 _SLOT_ROUNDING: Final = 256  # slots are allocated in steps of this many
 _SLIDING: Final = ("sliding_attention", "chunked_attention")
 _LINEAR: Final = ("linear_attention", "mamba", "mamba2", "recurrent")
@@ -40,6 +54,20 @@ class CacheSize:
         return self.per_token * slots + self.sliding_per_token * sliding + self.fixed
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkSize:
+    """Of the activations while a chunk of a prompt is processed, in bytes."""
+
+    per_token: int = 0
+    """For each token of the chunk."""
+    per_score: int = 0
+    """For each token of the chunk and each token before it."""
+
+    def bytes_for(self, chunk: int, length: int = 0) -> int:
+        """With so many tokens in the chunk, of a row that is ``length`` tokens long at its end."""
+        return chunk * self.per_token + chunk * max(length, chunk) * self.per_score
+
+
 def estimate_cache(config: dict[str, Any]) -> CacheSize:
     """``config`` is that of the text model."""
     layers = min(_number(config, "num_hidden_layers", "n_layer", "n_layers"), _MOST_LAYERS)
@@ -57,11 +85,15 @@ def estimate_cache(config: dict[str, Any]) -> CacheSize:
     )
 
 
-def work_space(config: dict[str, Any]) -> int:
-    """Bytes of activations while a chunk of a prompt is computed."""
+def estimate_work(config: dict[str, Any], *, fused_attention: bool = True) -> WorkSize:
+    """``fused_attention``: whether the device computes attention without keeping its scores, as Metal and CUDA do."""
     hidden = _number(config, "hidden_size", "n_embd", "d_model")
     inner = _number(config, "intermediate_size", "moe_intermediate_size") or 4 * hidden
-    return _CHUNK_TOKENS * (4 * hidden + 2 * inner) * _SINGLE
+    heads = _number(config, "num_attention_heads", "n_head")
+    return WorkSize(
+        per_token=(4 * hidden + 2 * inner) * _SINGLE,
+        per_score=0 if fused_attention else 2 * heads * _SINGLE,
+    )
 
 
 def _attention_bytes(config: dict[str, Any]) -> int:
