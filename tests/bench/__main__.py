@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from tests.bench.contention import beside, equal_prompts, long_row, sampling
 from tests.bench.imports import imports
 from tests.bench.loads import cold_loads, readiness, resident_latency
 from tests.bench.report import machine_lines, sections, write_report
@@ -45,6 +46,10 @@ def main() -> None:
             "alternate": lambda home: alternate(folder, home, small, large, 20),
             "back_to_back": lambda home: back_to_back(folder, home, [(small, other), (large, other_large)], 10),
             "calls": lambda home: alternating_calls(folder, home, (small, other), 40),
+            "beside": lambda home: beside(folder, home, small),
+            "long_row": lambda home: long_row(folder, home, small),
+            "equal_prompts": lambda home: equal_prompts(folder, home, small),
+            "sampling": sampling,
             "structured": lambda home: structured(home),
             "throughput": lambda home: throughput(folder, home),
         }

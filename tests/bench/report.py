@@ -53,7 +53,8 @@ def sections(found: dict[str, Any]) -> list[str]:
     """The sections of the parts that were measured, as lines of Markdown."""
     parts: dict[str, Callable[[Any], list[str]]] = {
         "throughput": _throughput, "imports": _imports, "cold_loads": _cold_loads, "alternate": _alternate, "back_to_back": _back_to_back,
-        "structured": _structured,
+        "structured": _structured, "beside": _beside, "long_row": _long_row, "equal_prompts": _equal_prompts,
+        "sampling": _sampling,
     }  # fmt: skip
     return [line for name, render in parts.items() if name in found for line in render(found[name])]
 
@@ -152,6 +153,60 @@ def _back_to_back(rows: list[dict[str, Any]]) -> list[str]:
             f"**{r['ratio']:.3f}** |"
             for r in rows
         ),
+        "",
+    ]
+
+
+def _beside(found: Any) -> list[str]:
+    return [
+        "## A long prompt beside running answers",
+        "",
+        "Four answers of the 8 MB model are running when a prompt of 5,000 tokens arrives, over HTTP; the median of three",
+        "rounds (`make bench` part `beside`).",
+        "",
+        "| | measured | required |",
+        "|---|---|---|",
+        f"| tokens/s of the running answers, over without the prompt ({found['rate']:.0f} each) | {found['kept']:.2f} | >= 0.45 |",
+        f"| longest gap in any of them | {found['longest_gap'] * 1000:.0f} ms | <= 400 ms |",
+        f"| first token of the prompt over alone ({found['alone']:.2f} s) | {found['first_token']:.2f} | <= 2.3 |",
+        "",
+    ]
+
+
+def _long_row(found: Any) -> list[str]:
+    return [
+        "## A long conversation beside short ones",
+        "",
+        "Seven answers to short prompts, and then one more to a prompt of 6,000 tokens, 8 MB model, over HTTP (`make bench`",
+        f"part `long_row`): the short ones keep {found['kept']:.2f} of their {found['rate']:.0f} tokens/s each (required: 0.6), the long one gets",
+        f"{found['long_rate']:.0f} tokens/s.",
+        "",
+    ]
+
+
+def _equal_prompts(found: Any) -> list[str]:
+    return [
+        "## Prompts at once",
+        "",
+        "Eight prompts of 2,000 tokens at once, 8 MB model, over HTTP (`make bench` part `equal_prompts`): the mean time to the",
+        f"first token is {found['mean']:.2f} of the last one's {found['last']:.1f} s (required: 0.65; all at once would be 1.0).",
+        "",
+    ]
+
+
+def _sampling(found: Any) -> list[str]:
+    rows = [
+        f"| {row['streams']} | {row['greedy']:.0f} | {row['default']:.0f} | {row['ratio']:.2f} | 0.9 |" for row in found
+    ]
+    return [
+        "## Sampling",
+        "",
+        "Ollama's default sampling (top-k 40, top-p 0.9, temperature 0.8) beside greedy, vocabulary of 151,936, over HTTP,",
+        "alternating rounds (`make bench` part `sampling`), tokens/s:",
+        "",
+        "| streams | greedy | default | ratio | required |",
+        "|---|---|---|---|---|",
+        *rows,
         "",
     ]
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from mlx_router_shared.protocol import Load
 from mlx_router_worker.engines.text import TextEngine
-from tests.support.engine import SCHEMA, play, request, text_of
+from tests.support.engine import SCHEMA, play, request, submit, text_of
 from tests.tiny_models.random_model import make_random_model
 
 __all__ = ["structured"]
@@ -38,7 +38,7 @@ def _texts() -> Iterator[str]:
 def _ms_per_token(engine: TextEngine, schema: str | None, streams: int, seed: int) -> float:
     """Of decoding alone: from the moment in which every stream has begun."""
     for number in range(streams):
-        engine.submit(str(number), request(schema, seed + number, _TOKENS, thinking=False))
+        submit(engine, str(number), request(schema, seed + number, _TOKENS, thinking=False))
     begun: set[str] = set()
     while len(begun) < streams:
         begun |= {stream.request_id for stream in engine.step()}

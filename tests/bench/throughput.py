@@ -15,15 +15,19 @@ from urllib.parse import urlsplit
 from tests.bench.bare import PROMPT
 from tests.support.router import RouterProcess, running_router
 
-__all__ = ["ROUNDS", "throughput"]
+__all__ = ["ROUNDS", "http_round", "throughput"]
 
 # Tokens per stream, by the number of streams: rounds of about a second on two cores.
 TOKENS: Final = {"random-8mb": {1: 96, 4: 64, 16: 32}, "random-64mb": {1: 12, 4: 8, 16: 4}}
 ROUNDS: Final = 16
 
 
-def http_round(router: RouterProcess, model: str, streams: int, tokens: int) -> tuple[int, float]:
-    """Tokens and seconds of some streams at once, by a client that costs next to nothing."""
+def http_round(
+    router: RouterProcess, model: str, streams: int, tokens: int, options: dict[str, Any] | None = None
+) -> tuple[int, float]:
+    """Tokens and seconds of some streams at once, greedy unless ``options`` say otherwise, by a client that costs next
+    to nothing."""
+    options = {"temperature": 0} if options is None else options
     parts = urlsplit(router.url)
     selector = selectors.DefaultSelector()
     tails: dict[socket.socket, bytes] = {}
@@ -31,7 +35,7 @@ def http_round(router: RouterProcess, model: str, streams: int, tokens: int) -> 
     for number in range(streams):
         body = json.dumps(
             {"model": model, "messages": [{"role": "user", "content": PROMPT.format(number)}],
-             "options": {"temperature": 0, "num_predict": tokens}}
+             "options": {**options, "num_predict": tokens}}
         ).encode()  # fmt: skip
         head = f"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
         connection = socket.create_connection((parts.hostname, parts.port))
