@@ -117,7 +117,8 @@ def test_requests_that_join_late_and_leave_early_do_not_disturb_the_others(engin
     _play(engine, out, 20)
     submit(engine, "gone", _ask("Tell me a long story."))
     submit(engine, "short", _ask("Hello!"))
-    _play(engine, out, 20)
+    while "gone" not in out:
+        _play(engine, out, 1)
     engine.cancel("gone")
     engine.cancel("never there")
     told = len(out["gone"])
@@ -181,6 +182,53 @@ def test_short_prompts_that_come_together_are_processed_in_one_pass(tmp_path: Pa
     first = engine.step()
     engine.close()
     assert {stream.request_id for stream in first} == {f"r{number}" for number in range(6)}
+
+
+def test_a_cancel_takes_effect_within_a_chunk(engine: TextEngine) -> None:
+    submit(engine, "long", _ask("word " * 600))
+    assert engine.step() == []
+    engine.cancel("long")
+    assert engine.streams == 0
+    out: dict[str, list[Event]] = {}
+    submit(engine, "next", _ask("Hello!"))
+    _play(engine, out)
+    assert set(out) == {"next"}
+    assert _text(out["next"]) == GREETING
+
+
+def test_a_long_row_is_decoded_apart_from_short_ones_until_it_ends(tmp_path: Path) -> None:
+    folder = make_random_model(tmp_path / "m", size_bytes=300_000)
+    engine = TextEngine(lambda data: None)
+    engine.load(Load(model="m", path=str(folder), context_tokens=8192, parallel=8), lambda *stage: None)
+    out: dict[str, list[Event]] = {}
+    for number in range(3):
+        submit(engine, f"short{number}", GenerationRequest(prompt_tokens=[20 + number] * 5, max_tokens=2_000,
+                                                           sampling=Sampling(temperature=0.0)))  # fmt: skip
+    submit(engine, "long", GenerationRequest(prompt_tokens=[30] * 1_500, max_tokens=4))
+    groups = set()
+    while "long" in engine._rows:
+        _play(engine, out, 1)
+        groups.add(tuple(sorted(len(group.rows) for group in engine._batches.groups)))
+    engine.close()
+    assert (1, 3) in groups
+    assert (4,) not in groups
+
+
+def test_a_prompt_that_can_never_fit_is_refused_with_the_tokens_that_would(tmp_path: Path) -> None:
+    folder = make_random_model(tmp_path / "m", size_bytes=300_000)
+    engine = TextEngine(lambda data: None)
+    load = Load(model="m", path=str(folder), context_tokens=8192, parallel=8, requests_limit_bytes=3_000_000)
+    engine.load(load, lambda *stage: None)
+    with pytest.raises(ContextLengthExceeded) as refused:
+        submit(engine, "r", GenerationRequest(prompt_tokens=[30] * 8_000, max_tokens=4))
+    fits = refused.value.limit
+    assert fits is not None
+    assert 256 <= fits < 8_000
+    assert f"up to {fits} tokens" in refused.value.message
+    out = {"fits": submit(engine, "fits", GenerationRequest(prompt_tokens=[30] * (fits - 1), max_tokens=1))}
+    _play(engine, out)
+    engine.close()
+    assert isinstance(out["fits"][-1], Finish)
 
 
 def test_ids_that_the_model_has_and_its_tokenizer_has_not(tmp_path: Path) -> None:

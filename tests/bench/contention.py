@@ -130,7 +130,7 @@ def beside(folder: Path, home: Path, model: str, rounds: int = 2) -> dict[str, A
     }
 
 
-def long_row(folder: Path, home: Path, model: str, rounds: int = 3) -> dict[str, Any]:
+def long_row(folder: Path, home: Path, model: str, rounds: int = 2) -> dict[str, Any]:
     """Seven short rows alone, and beside one whose prompt has 6,000 tokens."""
     rows = []
     with running_router(home, "--models-dir", str(folder), "--standby-workers", "0") as router:
@@ -166,7 +166,7 @@ def long_row(folder: Path, home: Path, model: str, rounds: int = 3) -> dict[str,
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
-def equal_prompts(folder: Path, home: Path, model: str, rounds: int = 3) -> dict[str, Any]:
+def equal_prompts(folder: Path, home: Path, model: str, rounds: int = 2) -> dict[str, Any]:
     """Eight prompts of equal length at once."""
     rows = []
     with running_router(home, "--models-dir", str(folder), "--standby-workers", "0") as router:

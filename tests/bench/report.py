@@ -161,7 +161,7 @@ def _beside(found: Any) -> list[str]:
     return [
         "## A long prompt beside running answers",
         "",
-        "Four answers of the 8 MB model are running when a prompt of 5,000 tokens arrives, over HTTP; the median of three",
+        "Four answers of the 8 MB model are running when a prompt of 5,000 tokens arrives, over HTTP; the median of two",
         "rounds (`make bench` part `beside`).",
         "",
         "| | measured | required |",
