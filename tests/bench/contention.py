@@ -137,9 +137,6 @@ def long_row(folder: Path, home: Path, model: str, rounds: int = 2) -> dict[str,
         router.generate(model, prompt="word", options={"num_predict": 1})
         for turn in range(rounds):
             with _running(router, model, _SHORT_ROWS) as arrivals:
-                started = time.perf_counter()
-                time.sleep(_ALONE_SECONDS)
-                middle = time.perf_counter()
                 stop, long = threading.Event(), _Arrivals()
                 thread = threading.Thread(
                     target=_answer,
@@ -155,8 +152,8 @@ def long_row(folder: Path, home: Path, model: str, rounds: int = 2) -> dict[str,
                 thread.join()
                 resumed = time.perf_counter()
                 time.sleep(_ALONE_SECONDS)
-                # Before and after, because each step takes longer as the answers get longer.
-                without = (_rate(arrivals, started, middle) + _rate(arrivals, resumed, time.perf_counter())) / 2
+                # After it and not before, because each step takes longer as the answers get longer.
+                without = _rate(arrivals, resumed, time.perf_counter())
                 rows.append({
                     "kept": _rate(arrivals, begin, end) / without,
                     "rate": without / _SHORT_ROWS,

@@ -199,12 +199,16 @@ class Batches:
             return drawn
         if not self._can_batch:  # rows by themselves: each gets a token
             return drawn + [item for group in others for item in group.step()]
+        is_turn_of_others = self._credit >= 0
+        if is_turn_of_others:
+            main.wait()  # steps are computed one after the other: each group is charged for its own
         self._credit += (time.perf_counter() - started) * _SIDE_SHARE / (1 - _SIDE_SHARE)
-        if self._credit < 0:
+        if not is_turn_of_others:
             return drawn
         started = time.perf_counter()
         for group in others:
             drawn += group.step()
+            group.wait()
         self._credit = min(self._credit - (time.perf_counter() - started), 0.0)
         return drawn
 
