@@ -166,3 +166,32 @@ def test_choices_of_one_prompt_process_it_once(subject: _Subject, monkeypatch: p
     subject.play(out)
     assert sum(processed) == len(prompt)
     assert all(_answer(events, prompt) == subject.bare(prompt) for events in out.values())
+
+
+@pytest.mark.slow
+def test_groups_that_become_one_go_on_with_the_same_tokens(subject: _Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three short rows and a long one; two of the short ones end, and padding the last one becomes cheap."""
+    if not subject.facts.is_batched:
+        assert subject.engine._batches._place(10, 1) is None, "each row is decoded by itself"
+        return
+    engine = subject.engine
+    monkeypatch.setattr(engine._batches, "_weights_bytes", int(2.5 * 300))
+    monkeypatch.setattr(type(engine), "_bytes_per_token", 1)
+    monkeypatch.setattr(engine._scheduler, "_share", 0.95)  # the long prompt is processed before the others end
+    rng = random.Random(9)
+    prompts: dict[str, list[int]] = {}
+    while len(prompts) < 4:
+        prompt = _prompt(rng, 330 if not prompts else 30)
+        if len(subject.bare(prompt, 60)) == 60:
+            prompts[str(len(prompts))] = prompt
+    out = {name: subject.submit(name, prompt, 60) for name, prompt in prompts.items()}
+    while sorted(len(group.rows) for group in engine._batches.groups) != [1, 3]:
+        assert engine.streams == 4
+        subject.play(out, 1)
+    subject.play(out, 2)
+    for name in ("2", "3"):
+        engine.cancel(name)
+    assert [len(group.rows) for group in engine._batches.groups] == [2]
+    subject.play(out)
+    for name in ("0", "1"):
+        assert _answer(out[name], prompts[name]) == subject.bare(prompts[name], 60), name

@@ -52,12 +52,13 @@ class Batch:
         """Of the rows, in tokens."""
         return [len(row.tokens) + 1 for row in self.rows]
 
-    def join(self, rows: Sequence[Row], cache: Cache | None = None) -> None:
-        """Add rows whose last token is known and not in their cache.
+    def join(self, rows: Sequence[Row], cache: Cache | None = None, fed: mx.array | None = None) -> None:
+        """Add rows whose last token is not in their cache.
 
-        ``cache``: of all of them, if it is merged already; otherwise each row brings its own.
+        ``cache``: of all of them, if it is merged already; otherwise each row brings its own. ``fed``: these last
+        tokens, [rows], if the rows do not know them yet.
         """
-        fed = mx.array([row.tokens[-1] for row in rows], dtype=mx.uint32)
+        fed = mx.array([row.tokens[-1] for row in rows], dtype=mx.uint32) if fed is None else fed.astype(mx.uint32)
         if cache is None and len(rows) == 1 and not self.rows:
             self._cache, self._is_merged = rows[0].cache or [], False
         else:
@@ -80,7 +81,7 @@ class Batch:
         """Take over all rows of another batch. Returns tokens that were under way."""
         drawn = self.flush() + other.flush()
         rows, other.rows = other.rows, []
-        self.join(rows, other._cache if other._is_merged else merge([other._cache]))
+        self.join(rows, other._cache if other._is_merged else merge([other._cache]), other._next)
         other._cache, other._next = [], None
         return drawn
 
