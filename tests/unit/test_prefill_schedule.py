@@ -11,7 +11,7 @@ from mlx_router_worker.generation.schedule import LONGEST_CHUNK, PrefillSchedule
 
 
 class _Machine:
-    """A worker whose chunks and steps take known times; ``decoding`` rows run for ever."""
+    """A worker whose chunks and steps take known times; with ``decoding``, answers run to the end of the test."""
 
     def __init__(self, scheduler: PrefillScheduler, *, token: float, step: float, decoding: bool) -> None:
         self.scheduler, self.token, self.step, self.decoding = scheduler, token, step, decoding

@@ -23,7 +23,7 @@ class Inbox:
         self.closed = False
 
     def put(self, events: list[Event]) -> bool:
-        """Returns False when the reader is so far behind that it has to be given up."""
+        """Returns False when the reader is too far behind to be served any longer."""
         if self.closed:
             return True
         self._events += events

@@ -21,7 +21,6 @@ from typing import Any, Final
 import mlx.core as mx
 
 from mlx_router_shared.cache_size import estimate_cache, estimate_work
-from mlx_router_shared.errors import ContextLengthExceeded
 from mlx_router_shared.generation import Event, Failure, Finish, FinishReason, PromptEcho, StreamEvents
 from mlx_router_shared.model_config import text_config
 from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
@@ -31,7 +30,7 @@ from mlx_router_worker.generation.answers import Drawn as DrawnToken
 from mlx_router_worker.generation.caches import Cache, can_batch, evaluate, measure, merge, new_cache
 from mlx_router_worker.generation.decode import Batches, Drawn
 from mlx_router_worker.generation.drafts import DraftLane
-from mlx_router_worker.generation.memory import MemoryLedger
+from mlx_router_worker.generation.memory import MemoryLedger, too_long_for_memory
 from mlx_router_worker.generation.prefill import PrefillLane
 from mlx_router_worker.generation.rows import Row
 from mlx_router_worker.generation.sampling import Scores, draw, processors_for
@@ -163,7 +162,7 @@ class TextEngine(AnsweringEngine):
         tokens = len(prepared.tokens)
         if self._ledger.fits([[tokens + 1]]):
             return
-        raise _too_long_for_memory(tokens, self._ledger.longest_row(tokens))
+        raise too_long_for_memory(tokens, self._ledger.longest_row(tokens))
 
     def cancel(self, request_id: str) -> None:
         row = self._rows.pop(request_id, None)
@@ -387,7 +386,7 @@ class TextEngine(AnsweringEngine):
         for row in list(self._lane.rows):
             tokens = len(row.tokens)
             if not self._ledger.fits([[tokens + 1]]):
-                error = _too_long_for_memory(tokens, self._ledger.longest_row(tokens))
+                error = too_long_for_memory(tokens, self._ledger.longest_row(tokens))
                 failure = Failure(code=error.code, message=error.message)
                 out.append(StreamEvents(request_id=row.request_id, events=[failure]))
                 self.cancel(row.request_id)
@@ -399,11 +398,3 @@ class TextEngine(AnsweringEngine):
         if self._model is not None and hasattr(self, "_lane"):
             del self._lane, self._batches
         super().close()
-
-
-def _too_long_for_memory(tokens: int, limit: int) -> ContextLengthExceeded:
-    return ContextLengthExceeded(
-        f"a conversation of {tokens} tokens does not fit in the memory of this model; up to {limit} tokens do",
-        tokens=tokens,
-        limit=limit,
-    )

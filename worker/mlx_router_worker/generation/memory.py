@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mlx_router_shared.cache_size import CACHE_COPIES, SHORTEST_CHUNK, CacheSize, WorkSize
+from mlx_router_shared.errors import ContextLengthExceeded
 from mlx_router_worker.generation.schedule import LONGEST_CHUNK
 
-__all__ = ["MemoryLedger"]
+__all__ = ["MemoryLedger", "too_long_for_memory"]
 
 Groups = Iterable[Sequence[int]]
 """The rows of each batch by their lengths in tokens."""
@@ -60,3 +61,12 @@ class MemoryLedger:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.fits([[middle]]) else (low, middle - 1)
         return low
+
+
+def too_long_for_memory(tokens: int, limit: int) -> ContextLengthExceeded:
+    """Return the refusal of a conversation of so many tokens, where up to ``limit`` fit."""
+    return ContextLengthExceeded(
+        f"a conversation of {tokens} tokens does not fit in the memory of this model; up to {limit} tokens do",
+        tokens=tokens,
+        limit=limit,
+    )
