@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -222,7 +223,7 @@ def test_a_worker_that_somebody_else_ends_costs_no_request_that_had_no_output(
             pool.submit(call, router, "POST", path, {**body_for(path, model="a", max_tokens=4), "stream": stream})
             for _ in range(8)
         ]
-        for _ in range(3):
+        for _ in range(2):  # a request that meets both is on its third worker, and none gets a fourth
             with suppress(ProcessLookupError):  # the status may still show the previous worker
                 os.kill(router.wait_state("a", "ready")["pid"], signal.SIGTERM)
             asked += [
@@ -254,6 +255,19 @@ def test_a_request_whose_prompt_was_being_read_is_given_to_the_next_worker(home:
         assert b"unexpectedly" not in reply.body
         assert router.status()["models"][0]["failures"] == 0
         assert "outcome=ok" in router.wait_line("event=request ")
+
+
+def test_a_request_that_loses_three_workers_gets_an_error(home: Path) -> None:
+    with (
+        running_router(home, *fake_config(home, {"a": {"prefill_seconds": 20.0}})) as router,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        asked = pool.submit(call, router, "POST", "/v1/chat/completions", body_for("/v1/chat/completions", model="a"))
+        for load in range(1, 4):
+            wait_until(lambda: (router.model("a")["loads"], router.model("a")["streams"]) == (load, 1), "begun", 20)  # noqa: B023
+            os.kill(router.model("a")["pid"], signal.SIGTERM)
+        reply = asked.result(40)
+        assert (reply.status, json.loads(reply.body)["error"]["code"]) == (500, "worker_died")
 
 
 def test_an_idle_worker_that_somebody_else_ends_is_replaced_at_the_next_request(home: Path) -> None:
