@@ -139,7 +139,7 @@ def test_rows_that_give_their_caches_up_go_on_where_they_were(subject: _Subject)
         assert engine.streams == 3
         subject.play(out, 1)
     subject.play(out, 3)
-    least = engine._ledger.needed_bytes([[256]])
+    least = engine._admission._ledger.needed_bytes([[256]])
     engine.set_limits(SetLimits(memory_limit_bytes=least, cache_limit_bytes=0, wired_limit_bytes=0))
     subject.play(out, 1)
     assert len(engine._batches.rows) < 3

@@ -184,7 +184,7 @@ def test_memory_is_back_after_an_unload(home: Path) -> None:
         router.generate("a")
         assert router.model("a")["memory_bytes"] >= 300_000_000
         router.generate("b")
-        (eviction,) = router.model("b")["last_swap"]["evictions"]
+        (eviction,) = wait_until(lambda: router.model("b")["last_swap"]["evictions"], "the first model is reclaimed")
         assert eviction["verdict"] == "returned"
         assert eviction["held_bytes"] >= 300_000_000
         assert eviction["memory_back_seconds"] < 2

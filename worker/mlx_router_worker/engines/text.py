@@ -14,23 +14,25 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import mlx.core as mx
 
 from mlx_router_shared.cache_size import estimate_cache, estimate_work
-from mlx_router_shared.generation import Event, Failure, Finish, FinishReason, PromptEcho, StreamEvents
+from mlx_router_shared.errors import MlxRouterError
+from mlx_router_shared.generation import Event, Failure, Finish, FinishReason, PromptEcho, StreamEvents, failure_of
 from mlx_router_shared.model_config import text_config
 from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
 from mlx_router_worker.engine import Report
 from mlx_router_worker.engines.answering import AnsweringEngine, Prepared
+from mlx_router_worker.generation.admission import RowAdmission
 from mlx_router_worker.generation.answers import Drawn as DrawnToken
 from mlx_router_worker.generation.caches import Cache, can_batch, evaluate, measure, merge, new_cache
 from mlx_router_worker.generation.decode import Batches, Drawn
 from mlx_router_worker.generation.drafts import DraftLane
-from mlx_router_worker.generation.memory import MemoryLedger, too_long_for_memory
+from mlx_router_worker.generation.memory import MemoryLedger
 from mlx_router_worker.generation.prefill import PrefillLane
 from mlx_router_worker.generation.rows import Row
 from mlx_router_worker.generation.sampling import Scores, draw, processors_for
@@ -39,15 +41,9 @@ from mlx_router_worker.generation.scoring import PromptScore
 
 __all__ = ["TextEngine"]
 
-_HEADROOM_TOKENS: Final = 256
-"""Of an answer, for which memory must be free when a row begins."""
-_LEAST_ROW_TOKENS: Final = 256
-"""A row of this length is accepted whatever the limit says: less memory would make a loaded model useless."""
 _WARM_UP_TOKENS: Final = 512
 _LONGEST_CHUNK_ON_CPU: Final = 512
 """Longer ones are slower there: attention keeps the scores of all pairs of tokens."""
-_SPARE_BYTES: Final = 4 * 2**30
-"""For caches, where no limit is known."""
 
 
 class TextEngine(AnsweringEngine):
@@ -77,14 +73,15 @@ class TextEngine(AnsweringEngine):
             load.prefill_share, load.longest_gap_ms / 1000, _LONGEST_CHUNK_ON_CPU if on_cpu else LONGEST_CHUNK
         )
         text = dict(text_config(config))
-        self._ledger = MemoryLedger(
+        ledger = MemoryLedger(
             limit_bytes=0,
             weights_bytes=self._weights_bytes,
             cache=estimate_cache(text),
             work=estimate_work(text, fused_attention=not on_cpu),
         )
-        self._limit_rows(load.memory_limit_bytes, load.requests_limit_bytes)
-        self._renderer.spare_bytes = self._spare_bytes
+        self._admission = RowAdmission(ledger, self._lane, self._batches, self._drafts)
+        self._admission.set_limit(load.memory_limit_bytes, load.requests_limit_bytes)
+        self._renderer.spare_bytes = self._admission.spare_bytes
         self._apply_wired_limit()
         return self._answering_facts(mx.get_active_memory(), batched=batched)
 
@@ -112,25 +109,13 @@ class TextEngine(AnsweringEngine):
 
     def set_limits(self, limits: SetLimits) -> None:
         super().set_limits(limits)
-        self._limit_rows(limits.memory_limit_bytes, limits.requests_limit_bytes)
-
-    def _limit_rows(self, memory_bytes: int, requests_bytes: int) -> None:
-        self._limit = requests_bytes + self._weights_bytes if requests_bytes else memory_bytes
-        self._apply_limit()
-
-    def _apply_limit(self) -> None:
-        ledger = self._ledger
-        ledger.limit_bytes = max(self._limit, ledger.needed_bytes([[_LEAST_ROW_TOKENS]])) if self._limit else 0
-
-    def _spare_bytes(self) -> int:
-        """What the compute thread may still allocate; callable from any thread."""
-        return max((self._ledger.limit_bytes or _SPARE_BYTES) - mx.get_active_memory(), 0)
+        self._admission.set_limit(limits.memory_limit_bytes, limits.requests_limit_bytes)
 
     # ----------------------------------------------------------------- requests
 
     def submit(self, request_id: str, prepared: Any) -> list[Event]:
         assert isinstance(prepared, Prepared)
-        self._refuse_oversized(prepared)
+        self._admission.check(len(prepared.tokens))
         request, sampling = prepared.request, prepared.sampling
         events = self._first_events(prepared)
         wants_score = request.echo and request.top_logprobs is not None
@@ -158,12 +143,6 @@ class TextEngine(AnsweringEngine):
         self._lane.rows.append(row)
         return events
 
-    def _refuse_oversized(self, prepared: Prepared) -> None:
-        tokens = len(prepared.tokens)
-        if self._ledger.fits([[tokens + 1]]):
-            return
-        raise too_long_for_memory(tokens, self._ledger.longest_row(tokens))
-
     def cancel(self, request_id: str) -> None:
         row = self._rows.pop(request_id, None)
         if row is None:
@@ -173,17 +152,12 @@ class TextEngine(AnsweringEngine):
         elif self._drafts is not None and self._drafts.row is row:
             self._drafts.release()
         else:
-            self._late.extend(self._batches.remove(row, self._bytes_per_token))
+            self._late.extend(self._batches.remove(row, self._admission.bytes_per_token))
         row.cache = None
 
     @property
     def streams(self) -> int:
         return len(self._rows)
-
-    @property
-    def _bytes_per_token(self) -> int:
-        size = self._ledger.cache
-        return size.per_token + size.sliding_per_token
 
     # -------------------------------------------------------------------- steps
 
@@ -197,51 +171,26 @@ class TextEngine(AnsweringEngine):
             self._decode(out)
         else:
             self._refuse_what_no_longer_fits(out)
-        limit = self._ledger.limit_bytes
-        if limit and mx.get_active_memory() + mx.get_cache_memory() > limit:
-            mx.clear_cache()
+        self._admission.free_unused()
         return out
-
-    @property
-    def _decoding(self) -> list[Row]:
-        drafted = self._drafts.row if self._drafts is not None else None
-        return [*self._batches.rows, drafted] if drafted is not None else self._batches.rows
 
     @property
     def _is_decoding(self) -> bool:
         return bool(self._batches.groups) or (self._drafts is not None and self._drafts.row is not None)
-
-    def _lengths(self) -> list[list[int]]:
-        """Of all rows that hold caches, by batch."""
-        drafted = self._drafts.row if self._drafts is not None else None
-        single = [[len(row.tokens)] for row in [*self._lane.begun, *([drafted] if drafted is not None else [])]]
-        return [*self._batches.lengths, *single]
-
-    def _fits(self, rows: Sequence[Row]) -> bool:
-        """Whether there is memory for these rows beside those that hold caches."""
-        if not self._ledger.limit_bytes:
-            return True
-        lengths = self._lengths()
-        for row in rows:
-            left = row.stream.budget - row.stream.tokens
-            lengths.append([len(row.tokens) + min(max(left, 0), _HEADROOM_TOKENS)])
-        if len(lengths) == 1:  # alone, a row only needs what it has been accepted for
-            lengths = [[len(rows[0].tokens) + 1]]
-        return self._ledger.fits(lengths)
 
     def _next_chunk(self) -> Chunk | None:
         if not self._lane.rows:
             return None
         now = time.perf_counter()
         prompts = self._scheduler.in_order(now, [row.waiting_prompt for row in self._lane.rows])
-        running = len(self._decoding) + len(self._lane.begun)
+        running = len(self._admission.decoding) + len(self._lane.begun)
         allowed = []
         for prompt in prompts:
             if prompt.has_begun:
                 allowed.append(prompt)
             elif running < self._parallel and self._scheduler.may_begin(prompt, prompts):
                 # The first that may begin does, or waits for memory; nothing overtakes it meanwhile.
-                if self._fits([prompt.key]):
+                if self._admission.fits([prompt.key]):
                     allowed.append(prompt)
                 running = self._parallel
         return self._scheduler.next_chunk(now, allowed, decoding=self._is_decoding)
@@ -249,9 +198,9 @@ class TextEngine(AnsweringEngine):
     def _process(self, chunk: Chunk, out: list[StreamEvents]) -> None:
         first: Row = chunk.key
         self._batches.wait()  # so that the chunk's time is its own
-        position, tokens = first.position, self._ledger.longest_chunk(self._lengths(), chunk.tokens)
-        rows = self._lane.together(first, tokens)[: max(self._parallel - len(self._decoding), 1)]
-        if not self._fits(rows):
+        position, tokens = first.position, self._admission.longest_chunk(chunk.tokens)
+        rows = self._lane.together(first, tokens)[: max(self._parallel - len(self._admission.decoding), 1)]
+        if not self._admission.fits(rows):
             rows = [first]
         started = time.perf_counter()
         cache: Cache | None = None
@@ -262,15 +211,14 @@ class TextEngine(AnsweringEngine):
         else:
             logits = self._lane.process(first, tokens)
             tokens = first.position - position
-        running_priority = max((row.priority for row in self._decoding), default=first.priority)
+        running_priority = max((row.priority for row in self._admission.decoding), default=first.priority)
         seconds = time.perf_counter() - started
         self._scheduler.note_chunk(position, tokens, seconds, first.priority, running_priority)
         if logits is None:
             return
         held, length = (first.cache, first.position) if cache is None else (cache, max(len(row.tokens) for row in rows))
         assert held is not None
-        self._ledger.cache = measure(held, length, len(rows))
-        self._apply_limit()  # the shortest row that is accepted in any case takes what is known now
+        self._admission.note_size(measure(held, length, len(rows)))
         if cache is None:
             others = self._choices_beside(first)
             self._lane.share(first, others)
@@ -281,9 +229,9 @@ class TextEngine(AnsweringEngine):
     def _choices_beside(self, row: Row) -> list[Row]:
         """Rows with the same prompt that can begin with a copy of its caches."""
         others: list[Row] = []
-        free = self._parallel - len(self._decoding) - len(self._lane.begun)
+        free = self._parallel - len(self._admission.decoding) - len(self._lane.begun)
         for other in self._lane.same_prompt(row)[: max(free, 0)]:
-            if self._fits([*others, other]):
+            if self._admission.fits([*others, other]):
                 others.append(other)
         return others
 
@@ -319,12 +267,12 @@ class TextEngine(AnsweringEngine):
                 self._drafts.begin(row)
                 return
             if (before := self._drafts.release()) is not None:
-                self._batches.join([before], self._bytes_per_token)
+                self._batches.join([before], self._admission.bytes_per_token)
         if cache is not None:
-            self._batches.join(rows, self._bytes_per_token, cache)
+            self._batches.join(rows, self._admission.bytes_per_token, cache)
             return
         for row in rows:
-            self._batches.join([row], self._bytes_per_token)
+            self._batches.join([row], self._admission.bytes_per_token)
 
     def _decode(self, out: list[StreamEvents]) -> None:
         started = time.perf_counter()
@@ -358,8 +306,8 @@ class TextEngine(AnsweringEngine):
 
     def _stay_within_limit(self, out: list[StreamEvents]) -> None:
         """Have the newest rows give up their caches until the others fit. The last row ends at the limit."""
-        while not self._ledger.fits(self._lengths()):
-            holding = [*self._lane.begun, *self._decoding]
+        while self._admission.is_exceeded():
+            holding = self._admission.holding
             if len(holding) == 1:
                 (row,) = holding
                 if row.stream.tokens:
@@ -377,18 +325,17 @@ class TextEngine(AnsweringEngine):
         self._tell_all(deque(group.flush()), out)
         if self._rows.get(row.request_id) is not row:
             return  # that token was its last
-        self._late.extend(self._batches.remove(row, self._bytes_per_token))
+        self._late.extend(self._batches.remove(row, self._admission.bytes_per_token))
         row.start_over()
         self._lane.rows.append(row)
 
     def _refuse_what_no_longer_fits(self, out: list[StreamEvents]) -> None:
         """Nothing runs and nothing may begin: the limit has been lowered since these requests were accepted."""
         for row in list(self._lane.rows):
-            tokens = len(row.tokens)
-            if not self._ledger.fits([[tokens + 1]]):
-                error = too_long_for_memory(tokens, self._ledger.longest_row(tokens))
-                failure = Failure(code=error.code, message=error.message)
-                out.append(StreamEvents(request_id=row.request_id, events=[failure]))
+            try:
+                self._admission.check(len(row.tokens))
+            except MlxRouterError as error:
+                out.append(StreamEvents(request_id=row.request_id, events=[failure_of(error)]))
                 self.cancel(row.request_id)
 
     def close(self) -> None:
@@ -396,5 +343,5 @@ class TextEngine(AnsweringEngine):
         self._late.clear()
         self._drafts = None
         if self._model is not None and hasattr(self, "_lane"):
-            del self._lane, self._batches
+            del self._lane, self._batches, self._admission
         super().close()

@@ -164,15 +164,6 @@ class Batches:
     def groups(self) -> list[Batch]:
         return self._groups
 
-    def lengths_with(self, length: int, bytes_per_token: int) -> list[list[int]]:
-        """Return ``lengths`` as it would be with one more row."""
-        place = self._place(length, bytes_per_token)
-        lengths = self.lengths
-        if place is None:
-            return [*lengths, [length]]
-        lengths[place].append(length)
-        return lengths
-
     def join(self, rows: list[Row], bytes_per_token: int, cache: Cache | None = None) -> None:
         """Add rows, see ``Batch.join``."""
         place = self._place(max(len(row.tokens) for row in rows), bytes_per_token)
