@@ -176,7 +176,7 @@ def test_groups_that_become_one_go_on_with_the_same_tokens(subject: _Subject, mo
         return
     engine = subject.engine
     monkeypatch.setattr(engine._batches, "_weights_bytes", int(2.5 * 300))
-    monkeypatch.setattr(type(engine), "_bytes_per_token", 1)
+    monkeypatch.setattr(type(engine._admission), "bytes_per_token", 1)
     monkeypatch.setattr(engine._scheduler, "_share", 0.95)  # the long prompt is processed before the others end
     rng = random.Random(9)
     prompts: dict[str, list[int]] = {}

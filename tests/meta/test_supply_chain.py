@@ -142,12 +142,14 @@ def test_new_abilities_are_off_or_safe_by_default() -> None:
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_no_module_of_ours_is_imported_lazily(path: Path) -> None:
-    """A name that is missing has to fail when the program starts, not when the line is reached."""
+    """A name that is missing has to fail when the program starts, not when the line is reached. Only the command line
+    imports the server when it starts one."""
     tree = ast.parse(path.read_text())
+    allowed = "mlx_router_server.cli.start" if path.parts[-2:] == ("cli", "main.py") else None
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             for node in ast.walk(function):
-                if isinstance(node, ast.ImportFrom):
+                if isinstance(node, ast.ImportFrom) and node.module != allowed:
                     assert not (node.module or "").startswith("mlx_router_"), f"{path.name}:{node.lineno}"
 
 

@@ -80,7 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("body", [b'{"error": "Unexpected endpoint"}', b"[]", b""])
+@pytest.mark.parametrize(
+    "body",
+    [b'{"error": "Unexpected endpoint"}', *(pytest.param(body, marks=pytest.mark.slow) for body in (b"[]", b""))],
+)
 def test_a_program_that_answers_everything_is_no_router(tmp_path: Path, body: bytes) -> None:
     """As LM Studio does."""
     handler = type("Handler", (_Handler,), {"body": body})

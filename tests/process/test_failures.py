@@ -238,8 +238,24 @@ def test_a_worker_that_somebody_else_ends_costs_no_request_that_had_no_output(
         assert all(b"error" not in reply.body.replace(b'"error":null', b"") for reply in replies)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize(
+    ("path", "stream"),
+    [
+        ("/api/chat", True),
+        ("/v1/chat/completions", False),
+        *(
+            pytest.param(path, stream, marks=pytest.mark.slow)
+            for path, stream in (
+                ("/api/chat", False),
+                ("/v1/chat/completions", True),
+                ("/v1/messages", False),
+                ("/v1/messages", True),
+                ("/v1/responses", False),
+                ("/v1/responses", True),
+            )
+        ),
+    ],
+)
 def test_a_request_whose_prompt_was_being_read_is_given_to_the_next_worker(home: Path, path: str, stream: bool) -> None:
     script = {"text": "one two", "prefill_seconds": 2.0}
     body = {**body_for(path, model="a", max_tokens=20), "stream": stream}

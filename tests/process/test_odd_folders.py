@@ -171,6 +171,7 @@ def test_a_models_dir_that_is_a_model_is_served(home: Path, tmp_path: Path) -> N
         assert router.generate("lone", prompt="Hello!")["done"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.req("R27")
 def test_what_is_hidden_by_its_place_is_listed(home: Path, tmp_path: Path) -> None:
     """A folder of the same name in other letters or in another root, one too deep, and a root that is gone."""

@@ -30,7 +30,7 @@ def _replace(folder: Path, source: Path, *, in_place: bool) -> None:
 
 
 @pytest.mark.req("R27")
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_next_request_gets_the_new_model(home: Path, tmp_path: Path, in_place: bool) -> None:
     models = tmp_path / "models"
     make_parrot(models / "p", ["on", "ly one", " of"])
@@ -46,6 +46,7 @@ def test_the_next_request_gets_the_new_model(home: Path, tmp_path: Path, in_plac
         assert router.status()["router"]["kill_incidents"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.req("R27")
 def test_a_folder_of_the_same_sizes_and_times_is_another(home: Path, tmp_path: Path) -> None:
     """As ``rsync --archive`` and ``mv`` leave it."""

@@ -101,7 +101,7 @@ def test_no_value_of_the_walk_is_a_default() -> None:
 
 
 @pytest.mark.req("R20", "R22")
-@pytest.mark.parametrize("entry", ["console script", "module"])
+@pytest.mark.parametrize("entry", ["console script", pytest.param("module", marks=pytest.mark.slow)])
 def test_every_flag_reaches_the_router(home: Path, entry: str) -> None:
     script = Path(sys.executable).with_name("mlx-router")
     program = [str(script)] if entry == "console script" else [sys.executable, "-P", "-m", "mlx_router_server"]
@@ -135,7 +135,7 @@ def test_every_key_of_the_file_reaches_the_router_also_by_the_factory(home: Path
 
 
 @pytest.mark.req("R21", "R22")
-@pytest.mark.parametrize("entry", ["console script", "factory"])
+@pytest.mark.parametrize("entry", ["factory", pytest.param("console script", marks=pytest.mark.slow)])
 def test_on_demand_takes_effect(home: Path, entry: str) -> None:
     """With it a cold model loads and is listed, without it there is no such model."""
     for on_demand in (True, False):

@@ -46,7 +46,8 @@ def test_a_load_is_served_when_the_fork_server_fails_during_its_imports(number: 
     run_bounded(test)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_load_is_served_when_the_fork_server_fails_before_it_forks(number: signal.Signals) -> None:
     async def test() -> None:
         async with running_source() as source:

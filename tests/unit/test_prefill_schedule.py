@@ -49,7 +49,7 @@ class _Machine:
         self.now += seconds
         self.prefill_seconds += seconds
         self.longest_chunk = max(self.longest_chunk, seconds)
-        self.scheduler.note_chunk(at, tokens, seconds, self.priority[chunk.key], 0)
+        self.scheduler.note_chunk(at, tokens, seconds, decoding=self.decoding, priority=self.priority[chunk.key])
         self.positions[chunk.key] += tokens
         self.most_begun = max(self.most_begun, sum(0 < at < self.lengths[n] for n, at in self.positions.items()))
         if self.positions[chunk.key] == self.lengths[chunk.key]:
@@ -168,9 +168,32 @@ def test_everything_is_processed_and_few_prompts_hold_memory(
     assert machine.most_begun <= min(long, 2) + sum(tokens <= 512 for tokens, _ in prompts) + 1
 
 
+def test_a_prompt_that_was_processed_alone_leaves_no_debt() -> None:
+    scheduler = PrefillScheduler(0.5, 0.15)
+    assert scheduler.next_chunk(0.0, [WaitingPrompt(key="a", position=0, remaining=900, arrived=0.0)], decoding=False)
+    scheduler.note_chunk(0, 900, 0.9, decoding=False)
+    late = WaitingPrompt(key="b", position=0, remaining=40, arrived=0.0)
+    assert scheduler.next_chunk(0.9, [late], decoding=True), "the first row has had no decode time taken from it"
+
+
+def test_short_prompts_go_on_until_two_gaps_are_owed_with_a_step_in_each_gap() -> None:
+    machine = _Machine(PrefillScheduler(0.5, 0.15), token=0.001, step=0.01, decoding=True)
+    machine.scheduler.note_chunk(0, 32, 0.032, decoding=False)
+    for number in range(8):
+        machine.add(str(number), 64)
+    turns = []
+    while machine.positions:
+        before = machine.decode_seconds
+        machine.turn()
+        turns.append("d" if machine.decode_seconds > before else "p")
+    pattern = "".join(turns)
+    assert pattern.startswith("ppdppdppdddd"), "two fit in a gap; the third pair brings the debt above two gaps"
+    assert "pp" not in pattern.removeprefix("ppdppdppd"), "from then on each chunk is paid for"
+
+
 def test_chunks_are_whole_multiples_of_the_shortest() -> None:
     scheduler = PrefillScheduler(0.5, 0.15)
-    scheduler.note_chunk(0, 64, 0.064)
+    scheduler.note_chunk(0, 64, 0.064, decoding=True)
     scheduler.note_decode(1.0)
     prompt = WaitingPrompt(key="p", position=64, remaining=5_000, arrived=0.0)
     chunk = scheduler.next_chunk(1.0, [prompt], decoding=True)

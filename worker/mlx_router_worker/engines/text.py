@@ -213,7 +213,10 @@ class TextEngine(AnsweringEngine):
             tokens = first.position - position
         running_priority = max((row.priority for row in self._admission.decoding), default=first.priority)
         seconds = time.perf_counter() - started
-        self._scheduler.note_chunk(position, tokens, seconds, first.priority, running_priority)
+        self._scheduler.note_chunk(
+            position, tokens, seconds, decoding=self._is_decoding,
+            priority=first.priority, running_priority=running_priority,
+        )  # fmt: skip
         if logits is None:
             return
         held, length = (first.cache, first.position) if cache is None else (cache, max(len(row.tokens) for row in rows))

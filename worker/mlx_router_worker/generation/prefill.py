@@ -87,21 +87,25 @@ class PrefillLane:
         return rows
 
     def process_together(self, rows: Sequence[Row]) -> tuple[mx.array, Cache]:
-        """Process short prompts. Returns the logits after them, [rows, vocabulary], and their merged caches."""
-        lengths = [len(row.tokens) for row in rows]
+        """Process short prompts. Returns the logits after them, [rows, vocabulary], and their merged caches.
+
+        The last tokens have a pass of their own: with all others, logits would be computed for each of them.
+        """
+        lengths = [len(row.tokens) - 1 for row in rows]
         longest = max(lengths)
         padding = [longest - length for length in lengths]
         cache = merge([new_cache(self._model) for _ in rows])
         if any(padding):
             for layer in cache:
                 layer.prepare(lengths=lengths, right_padding=padding)
-        padded = mx.array([row.tokens + [0] * pad for row, pad in zip(rows, padding, strict=True)])
-        logits = self._model(padded, cache=cache)
-        ends = mx.array(lengths)[:, None, None] - 1
-        last = mx.take_along_axis(logits, ends, axis=1)[:, 0, :]
+        self._model(
+            mx.array([row.tokens[:-1] + [0] * pad for row, pad in zip(rows, padding, strict=True)]), cache=cache
+        )
         if any(padding):
             for layer in cache:
                 layer.finalize()
+        evaluate(cache)
+        last: mx.array = self._model(mx.array([row.tokens[-1:] for row in rows]), cache=cache)[:, -1, :]
         evaluate(cache)
         mx.eval(last)
         return last, cache
@@ -124,4 +128,4 @@ class PrefillLane:
 
 
 def _is_short(row: Row) -> bool:
-    return row.position == 0 and row.score is None and len(row.tokens) <= SHORT_PROMPT
+    return row.position == 0 and row.score is None and 1 < len(row.tokens) <= SHORT_PROMPT

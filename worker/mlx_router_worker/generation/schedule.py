@@ -4,8 +4,9 @@ A pure function of measured times: the scheduler is told how long chunks and dec
 what is next. It owns no row and reads no clock.
 
 - While nothing decodes, prompts get all of the time, in long chunks.
-- While something decodes, a chunk is as long as fits in ``longest_gap_seconds`` together with a decode step, and each
-  chunk of ``c`` seconds is followed by ``c * (1 - share) / share`` seconds of decoding.
+- While something decodes, the chunks between two decode steps take ``longest_gap_seconds`` at most, with one step. For
+  each chunk of ``c`` seconds, ``c * (1 - share) / share`` seconds of decoding are owed. Prompts go on while no more
+  than two gaps' time is owed: requests that arrive together soon decode together, which is faster.
 - The prompt that needs the least time is next. A prompt that has waited for as long as it needs itself is not
   overtaken any more: the time that it has waited counts as time that it does not need.
 - A higher priority is processed first, and gets a larger share when it is above that of the running requests.
@@ -35,6 +36,7 @@ _PRIORITY_SHARE: Final = 0.2
 _NEWEST_WEIGHT: Final = 0.5
 """Of the newest measurement in an average."""
 _LEAST_CHUNK_SECONDS: Final = 0.005
+_GAPS_OWED: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,20 +79,33 @@ class PrefillScheduler:
         self._token_seconds: list[float | None] = [None] * (len(_BANDS) + 1)
         self._step_seconds = 0.0
         self._owed = 0.0
+        """Seconds of decoding that running requests are owed."""
+        self._since_step = 0.0
+        """Seconds of chunks since the last decode step."""
 
     def note_chunk(
-        self, position: int, tokens: int, seconds: float, priority: int = 0, running_priority: int = 0
+        self,
+        position: int,
+        tokens: int,
+        seconds: float,
+        *,
+        decoding: bool,
+        priority: int = 0,
+        running_priority: int = 0,
     ) -> None:
-        """A chunk that began at ``position`` took so long. Running requests are owed decode time for it."""
+        """A chunk that began at ``position`` took so long. Requests that were ``decoding`` are owed time for it."""
         band = _band(position)
         self._token_seconds[band] = _average(self._token_seconds[band], seconds / tokens)
-        share = self._share_of(priority, running_priority)
-        self._owed = seconds * (1 - share) / share
+        if decoding:
+            share = self._share_of(priority, running_priority)
+            self._owed += seconds * (1 - share) / share
+            self._since_step += seconds
 
     def note_decode(self, seconds: float) -> None:
         """A decode step of all running requests took so long."""
         self._step_seconds = _average(self._step_seconds or None, seconds)
-        self._owed -= seconds
+        self._owed = max(self._owed - seconds, 0.0)
+        self._since_step = 0.0
 
     def in_order(self, now: float, prompts: Sequence[WaitingPrompt]) -> list[WaitingPrompt]:
         """Return the prompts in the order in which they are processed."""
@@ -111,19 +126,24 @@ class PrefillScheduler:
 
         ``prompts`` are those that may be processed now.
         """
-        if not prompts or (decoding and self._owed > 0):
+        if not decoding:
+            self._owed = self._since_step = 0.0
+        if not prompts or self._owed > _GAPS_OWED * self._longest_gap:
             return None
         allowed = [prompt for prompt in self.in_order(now, prompts) if self.may_begin(prompt, prompts)]
         prompt = allowed[0]  # one that has begun may always go on
         most = self._tokens_within_gap(prompt.position) if decoding else self._longest_chunk
-        return Chunk(prompt.key, most)
+        return Chunk(prompt.key, most) if most else None
 
     def _tokens_within_gap(self, position: int) -> int:
+        """The most tokens of a chunk beside running requests; 0 if it has to wait for their next step."""
         each = self._seconds_per_token(position)
         if each is None:
-            return _FIRST_CHUNK
-        seconds = max(self._longest_gap - self._step_seconds, _LEAST_CHUNK_SECONDS)
+            return 0 if self._since_step else _FIRST_CHUNK
+        seconds = max(self._longest_gap - self._step_seconds - self._since_step, _LEAST_CHUNK_SECONDS)
         tokens = int(seconds / each) // SHORTEST_CHUNK * SHORTEST_CHUNK
+        if not tokens and self._since_step:
+            return 0
         return min(max(tokens, SHORTEST_CHUNK), self._longest_chunk)
 
     def _share_of(self, priority: int, running_priority: int) -> float:
