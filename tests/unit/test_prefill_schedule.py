@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_router_shared.cache_size import SHORTEST_CHUNK
-from mlx_router_worker.generation.schedule import LONGEST_CHUNK, PrefillScheduler, WaitingPrompt
+from mlx_router_worker.generation.schedule import LONGEST_CHUNK, Chunk, PrefillScheduler, WaitingPrompt
 
 
 class _Machine:
@@ -36,7 +35,7 @@ class _Machine:
         ]  # fmt: skip
 
     def turn(self) -> None:
-        chunk = self.scheduler.next_chunk(self.now, self.prompts(), decoding=self.decoding)
+        chunk = self.scheduler.next_chunk(self.now, self.prompts(), decoding_since=-10.0 if self.decoding else None)
         if chunk is None:
             assert self.decoding, "the machine may not stand still"
             self.now += self.step
@@ -49,7 +48,7 @@ class _Machine:
         self.now += seconds
         self.prefill_seconds += seconds
         self.longest_chunk = max(self.longest_chunk, seconds)
-        self.scheduler.note_chunk(at, tokens, seconds, decoding=self.decoding, priority=self.priority[chunk.key])
+        self.scheduler.note_chunk(at, tokens, seconds, owes=chunk.owes, priority=self.priority[chunk.key])
         self.positions[chunk.key] += tokens
         self.most_begun = max(self.most_begun, sum(0 < at < self.lengths[n] for n, at in self.positions.items()))
         if self.positions[chunk.key] == self.lengths[chunk.key]:
@@ -168,39 +167,42 @@ def test_everything_is_processed_and_few_prompts_hold_memory(
     assert machine.most_begun <= min(long, 2) + sum(tokens <= 512 for tokens, _ in prompts) + 1
 
 
+def _prompt(key: str, tokens: int) -> WaitingPrompt:
+    return WaitingPrompt(key=key, position=0, remaining=tokens, arrived=0.0)
+
+
 def test_a_prompt_that_was_processed_alone_leaves_no_debt() -> None:
     scheduler = PrefillScheduler(0.5, 0.15)
-    assert scheduler.next_chunk(0.0, [WaitingPrompt(key="a", position=0, remaining=900, arrived=0.0)], decoding=False)
-    scheduler.note_chunk(0, 900, 0.9, decoding=False)
-    late = WaitingPrompt(key="b", position=0, remaining=40, arrived=0.0)
-    assert scheduler.next_chunk(0.9, [late], decoding=True), "the first row has had no decode time taken from it"
+    chunk = scheduler.next_chunk(0.0, [_prompt("a", 900)], decoding_since=None)
+    assert chunk is not None
+    scheduler.note_chunk(0, 900, 5.0, owes=chunk.owes)
+    late = scheduler.next_chunk(5.0, [_prompt("b", 900)], decoding_since=0.0)
+    assert late is not None, "the first row has had no decode time taken from it"
+    assert late.owes
 
 
-def test_short_prompts_go_on_until_two_gaps_are_owed_with_a_step_in_each_gap() -> None:
-    machine = _Machine(PrefillScheduler(0.5, 0.15), token=0.001, step=0.01, decoding=True)
-    machine.scheduler.note_chunk(0, 32, 0.032, decoding=False)
-    for number in range(8):
-        machine.add(str(number), 64)
-    turns = []
-    while machine.positions:
-        before = machine.decode_seconds
-        machine.turn()
-        turns.append("d" if machine.decode_seconds > before else "p")
-    pattern = "".join(turns)
-    assert pattern.startswith("ppdppdppdddd"), "two fit in a gap; the third pair brings the debt above two gaps"
-    assert "pp" not in pattern.removeprefix("ppdppdppd"), "from then on each chunk is paid for"
+def test_short_prompts_that_arrive_together_are_processed_before_any_of_them_decodes_on() -> None:
+    scheduler = PrefillScheduler(0.5, 0.15)
+    scheduler.note_chunk(0, 100, 0.3, owes=False)
+    for now in (0.3, 0.6, 0.9):
+        assert scheduler.next_chunk(now, [_prompt("b", 100)], decoding_since=0.0) == Chunk("b", LONGEST_CHUNK)
+        scheduler.note_chunk(0, 100, 0.3, owes=False)
+    late = scheduler.next_chunk(1.2, [_prompt("c", 100)], decoding_since=0.0)
+    assert late is not None
+    assert late.owes, "the first has waited long enough"
+    assert scheduler.next_chunk(0.1, [_prompt("long", 129)], decoding_since=0.0) == Chunk("long", 32, owes=True)
 
 
 def test_chunks_are_whole_multiples_of_the_shortest() -> None:
     scheduler = PrefillScheduler(0.5, 0.15)
-    scheduler.note_chunk(0, 64, 0.064, decoding=True)
+    scheduler.note_chunk(0, 64, 0.064, owes=True)
     scheduler.note_decode(1.0)
     prompt = WaitingPrompt(key="p", position=64, remaining=5_000, arrived=0.0)
-    chunk = scheduler.next_chunk(1.0, [prompt], decoding=True)
+    chunk = scheduler.next_chunk(1.0, [prompt], decoding_since=-10.0)
     assert chunk is not None
-    assert chunk.tokens == SHORTEST_CHUNK, "a step alone takes longer than the gap"
+    assert chunk.tokens == 992, "a step takes longer than the gap: the chunk takes as long as a step"
     for _ in range(20):
         scheduler.note_decode(0.01)
-    chunk = scheduler.next_chunk(2.0, [prompt], decoding=True)
+    chunk = scheduler.next_chunk(2.0, [prompt], decoding_since=-10.0)
     assert chunk is not None
     assert chunk.tokens == 128

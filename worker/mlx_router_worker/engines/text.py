@@ -193,7 +193,8 @@ class TextEngine(AnsweringEngine):
                 if self._admission.fits([prompt.key]):
                     allowed.append(prompt)
                 running = self._parallel
-        return self._scheduler.next_chunk(now, allowed, decoding=self._is_decoding)
+        oldest = min((row.arrived for row in self._admission.decoding), default=None)
+        return self._scheduler.next_chunk(now, allowed, decoding_since=oldest)
 
     def _process(self, chunk: Chunk, out: list[StreamEvents]) -> None:
         first: Row = chunk.key
@@ -214,9 +215,8 @@ class TextEngine(AnsweringEngine):
         running_priority = max((row.priority for row in self._admission.decoding), default=first.priority)
         seconds = time.perf_counter() - started
         self._scheduler.note_chunk(
-            position, tokens, seconds, decoding=self._is_decoding,
-            priority=first.priority, running_priority=running_priority,
-        )  # fmt: skip
+            position, tokens, seconds, owes=chunk.owes, priority=first.priority, running_priority=running_priority
+        )
         if logits is None:
             return
         held, length = (first.cache, first.position) if cache is None else (cache, max(len(row.tokens) for row in rows))

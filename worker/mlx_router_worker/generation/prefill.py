@@ -21,14 +21,13 @@ from mlx_router_worker.generation.caches import (
     new_cache,
 )
 from mlx_router_worker.generation.rows import Row
+from mlx_router_worker.generation.schedule import SHORT_PROMPT
 
 __all__ = ["PrefillLane"]
 
 _LOGITS_BYTES: Final = 32 * 2**20
 """The most for the logits of a prompt's last chunk, which are computed for each of its tokens."""
 _LONGEST_LAST_CHUNK: Final = 256
-SHORT_PROMPT: Final = 128
-"""Tokens; prompts up to this length are processed together."""
 _MOST_TOGETHER: Final = 8
 
 

@@ -4,9 +4,11 @@ A pure function of measured times: the scheduler is told how long chunks and dec
 what is next. It owns no row and reads no clock.
 
 - While nothing decodes, prompts get all of the time, in long chunks.
-- While something decodes, the chunks between two decode steps take ``longest_gap_seconds`` at most, with one step. For
-  each chunk of ``c`` seconds, ``c * (1 - share) / share`` seconds of decoding are owed. Prompts go on while no more
-  than two gaps' time is owed: requests that arrive together soon decode together, which is faster.
+- While something decodes, a chunk is as long as fits in ``longest_gap_seconds`` together with a decode step, or as long
+  as a step where that is more. Each chunk of ``c`` seconds is followed by ``c * (1 - share) / share`` seconds of
+  decoding.
+- Short prompts that arrive together are processed before any of them decodes further than its first token: decoding
+  all of them at once is faster.
 - The prompt that needs the least time is next. A prompt that has waited for as long as it needs itself is not
   overtaken any more: the time that it has waited counts as time that it does not need.
 - A higher priority is processed first, and gets a larger share when it is above that of the running requests.
@@ -20,13 +22,15 @@ from typing import Any, Final
 
 from mlx_router_shared.cache_size import SHORTEST_CHUNK
 
-__all__ = ["LONGEST_CHUNK", "Chunk", "PrefillScheduler", "WaitingPrompt"]
+__all__ = ["LONGEST_CHUNK", "SHORT_PROMPT", "Chunk", "PrefillScheduler", "WaitingPrompt"]
 
 LONGEST_CHUNK: Final = 2048
 """Tokens. Longer chunks are hardly more efficient, and need more memory."""
 _FIRST_CHUNK: Final = 64
 """Tokens, while something decodes and nothing has been measured."""
-_SHORT_PROMPT: Final = 512
+SHORT_PROMPT: Final = 128
+"""Tokens; prompts up to this length are processed together."""
+_LITTLE_LEFT: Final = 512
 """Tokens that are left of a prompt which may begin in any case."""
 _MOST_BEGUN: Final = 2
 """Longer prompts that hold memory for their caches at once."""
@@ -35,8 +39,8 @@ _BANDS: Final = (2048, 8192, 32768)
 _PRIORITY_SHARE: Final = 0.2
 _NEWEST_WEIGHT: Final = 0.5
 """Of the newest measurement in an average."""
-_LEAST_CHUNK_SECONDS: Final = 0.005
-_GAPS_OWED: Final = 2
+_TOGETHER_SECONDS: Final = 1.0
+"""Since the oldest request that decodes arrived, in which short prompts do not wait for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +67,8 @@ class Chunk:
 
     key: Any
     tokens: int
+    owes: bool = False
+    """Whether it takes time from requests that decode."""
 
 
 class PrefillScheduler:
@@ -80,32 +86,21 @@ class PrefillScheduler:
         self._step_seconds = 0.0
         self._owed = 0.0
         """Seconds of decoding that running requests are owed."""
-        self._since_step = 0.0
-        """Seconds of chunks since the last decode step."""
 
     def note_chunk(
-        self,
-        position: int,
-        tokens: int,
-        seconds: float,
-        *,
-        decoding: bool,
-        priority: int = 0,
-        running_priority: int = 0,
+        self, position: int, tokens: int, seconds: float, *, owes: bool, priority: int = 0, running_priority: int = 0
     ) -> None:
-        """A chunk that began at ``position`` took so long. Requests that were ``decoding`` are owed time for it."""
+        """A chunk that began at ``position`` took so long. ``owes``: as the chunk said."""
         band = _band(position)
         self._token_seconds[band] = _average(self._token_seconds[band], seconds / tokens)
-        if decoding:
+        if owes:
             share = self._share_of(priority, running_priority)
-            self._owed += seconds * (1 - share) / share
-            self._since_step += seconds
+            self._owed = seconds * (1 - share) / share
 
     def note_decode(self, seconds: float) -> None:
         """A decode step of all running requests took so long."""
         self._step_seconds = _average(self._step_seconds or None, seconds)
-        self._owed = max(self._owed - seconds, 0.0)
-        self._since_step = 0.0
+        self._owed -= seconds
 
     def in_order(self, now: float, prompts: Sequence[WaitingPrompt]) -> list[WaitingPrompt]:
         """Return the prompts in the order in which they are processed."""
@@ -118,32 +113,34 @@ class PrefillScheduler:
 
     def may_begin(self, prompt: WaitingPrompt, prompts: Sequence[WaitingPrompt]) -> bool:
         """Return whether the prompt may begin beside those that have begun."""
-        begun = sum(other.has_begun and other.remaining > _SHORT_PROMPT for other in prompts)
-        return prompt.has_begun or prompt.remaining <= _SHORT_PROMPT or begun < _MOST_BEGUN
+        begun = sum(other.has_begun and other.remaining > _LITTLE_LEFT for other in prompts)
+        return prompt.has_begun or prompt.remaining <= _LITTLE_LEFT or begun < _MOST_BEGUN
 
-    def next_chunk(self, now: float, prompts: Sequence[WaitingPrompt], *, decoding: bool) -> Chunk | None:
+    def next_chunk(self, now: float, prompts: Sequence[WaitingPrompt], *, decoding_since: float | None) -> Chunk | None:
         """Return the chunk to process now; None if it is the turn of the requests that decode.
 
-        ``prompts`` are those that may be processed now.
+        ``prompts`` are those that may be processed now. ``decoding_since``: when the oldest request that decodes
+        arrived; None if nothing decodes.
         """
-        if not decoding:
-            self._owed = self._since_step = 0.0
-        if not prompts or self._owed > _GAPS_OWED * self._longest_gap:
+        if not prompts:
             return None
         allowed = [prompt for prompt in self.in_order(now, prompts) if self.may_begin(prompt, prompts)]
         prompt = allowed[0]  # one that has begun may always go on
-        most = self._tokens_within_gap(prompt.position) if decoding else self._longest_chunk
-        return Chunk(prompt.key, most) if most else None
+        if decoding_since is None:
+            self._owed = 0.0
+            return Chunk(prompt.key, self._longest_chunk)
+        if now - decoding_since < _TOGETHER_SECONDS and prompt.position + prompt.remaining <= SHORT_PROMPT:
+            return Chunk(prompt.key, self._longest_chunk)
+        if self._owed > 0:
+            return None
+        return Chunk(prompt.key, self._tokens_within_gap(prompt.position), owes=True)
 
     def _tokens_within_gap(self, position: int) -> int:
-        """The most tokens of a chunk beside running requests; 0 if it has to wait for their next step."""
         each = self._seconds_per_token(position)
         if each is None:
-            return 0 if self._since_step else _FIRST_CHUNK
-        seconds = max(self._longest_gap - self._step_seconds - self._since_step, _LEAST_CHUNK_SECONDS)
+            return _FIRST_CHUNK
+        seconds = max(self._longest_gap - self._step_seconds, self._step_seconds)
         tokens = int(seconds / each) // SHORTEST_CHUNK * SHORTEST_CHUNK
-        if not tokens and self._since_step:
-            return 0
         return min(max(tokens, SHORTEST_CHUNK), self._longest_chunk)
 
     def _share_of(self, priority: int, running_priority: int) -> float:
