@@ -30,15 +30,19 @@ _LIMIT = 10.0
 
 
 class _Engine:
-    """Answers with a word a step until it is told to end; the preparation of "slow" waits for ``release``."""
+    """Answers with a word a step until it is told to end. The preparation of "slow" waits for ``release``, that of
+    "late" until another request is submitted, and then for a step that might come before it."""
 
     def __init__(self) -> None:
         self.release = threading.Event()
         self.preparing = threading.Event()
+        self.submitted = threading.Event()
         self.stepped = threading.Event()
         self.ended = threading.Event()
         self.prepared_on: list[str] = []
         self.running: dict[str, str] = {}
+        self.together: list[int] = []
+        """Requests in each step."""
 
     def load(self, load: Load, report: Any) -> ModelFacts:
         return ModelFacts(
@@ -55,12 +59,16 @@ class _Engine:
         if request.prompt == "slow":
             self.preparing.set()
             assert self.release.wait(_LIMIT)
+        if request.prompt == "late":
+            assert self.submitted.wait(_LIMIT)
+            self.stepped.wait(0.2)
         if request.prompt == "bad":
             raise InvalidRequest("no such prompt")
         return request.prompt
 
     def submit(self, request_id: str, prepared: Any) -> list[Event]:
         self.running[request_id] = prepared
+        self.submitted.set()
         return [Started(prompt_tokens=1)]
 
     def cancel(self, request_id: str) -> None:
@@ -72,6 +80,7 @@ class _Engine:
 
     def step(self) -> list[StreamEvents]:
         assert threading.current_thread().name == "compute"
+        self.together.append(len(self.running))
         self.stepped.set()
         out = [StreamEvents(request_id=name, events=[TextDelta(text="word")]) for name in self.running]
         if self.ended.is_set():
@@ -135,6 +144,27 @@ def _running() -> Iterator[tuple[_Engine, _Outlet, SimpleQueue[Any]]]:
 
 def _ask(name: str, prompt: str) -> Submit:
     return Submit(request_id=name, request=GenerationRequest(prompt=prompt))
+
+
+def test_requests_that_arrive_together_begin_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_router_worker.loop._GATHER_SECONDS", _LIMIT)
+    with _running() as (engine, outlet, inbox):
+        inbox.put(_ask("first", "slow"))
+        assert engine.preparing.wait(_LIMIT)
+        inbox.put(_ask("second", "late"))
+        inbox.put(_ask("third", "quick"))
+        engine.ended.set()
+        engine.release.set()
+        outlet.until("third", Finish)
+        assert engine.together[0] == 3
+
+
+def test_a_request_that_takes_long_to_prepare_holds_no_other_back() -> None:
+    with _running() as (engine, outlet, inbox):
+        inbox.put(_ask("first", "quick"))
+        inbox.put(_ask("second", "slow"))
+        outlet.until("first", TextDelta)
+        assert not engine.release.is_set()
 
 
 def test_running_answers_go_on_while_a_request_is_prepared() -> None:
