@@ -148,6 +148,31 @@ def test_sigterm_is_obeyed_in_order(tmp_path: Path) -> None:
     _run(test)
 
 
+def test_signals_that_arrive_during_each_other_end_a_worker() -> None:
+    """The second one interrupts the handler of the first, which may hold no lock then."""
+    script = (
+        "import os, signal, threading, types\n"
+        "from queue import SimpleQueue\n"
+        "from mlx_router_worker.process import _terminate\n"
+        "link, inbox = types.SimpleNamespace(shutdown_requested=False), SimpleQueue()\n"
+        "signal.signal(signal.SIGTERM, lambda *_: _terminate(link, inbox))\n"
+        "threading.Thread(target=lambda: (inbox.get(), os._exit(0)), daemon=True).start()\n"
+        "print('ready', flush=True)\n"
+        "SimpleQueue().get()\n"
+    )
+    workers = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=worker_environment({}))
+        for _ in range(3)
+    ]
+    for worker in workers:
+        with worker:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == b"ready\n"
+            for _ in range(6):
+                worker.send_signal(signal.SIGTERM)
+            assert worker.wait(10) in (0, 128 + signal.SIGTERM)
+
+
 def test_a_worker_of_its_own_session_sees_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """R33: the environment is minimal, and the token is not to be seen from outside."""
     monkeypatch.setenv("OPENAI_API_KEY", "k")

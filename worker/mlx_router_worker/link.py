@@ -96,7 +96,8 @@ class Link:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._closing = threading.Event()
-        self.shutdown_requested = threading.Event()
+        self.shutdown_requested = False
+        """A plain attribute: the signal handler sets it, and may be interrupted by itself while it holds a lock."""
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
 
     def start(self) -> None:
@@ -139,7 +140,7 @@ class Link:
                         socket.send(encode(self._progress.stats()))
                     else:
                         if isinstance(message, Shutdown):
-                            self.shutdown_requested.set()
+                            self.shutdown_requested = True
                             self._bound_exit(message.limit_seconds)
                         self._inbox.put(message)
             busy = interval > 0 and self._progress.streams > 0

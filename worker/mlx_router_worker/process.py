@@ -99,9 +99,9 @@ def ignore_terminal_interrupts() -> None:
 
 def _terminate(link: Link, inbox: SimpleQueue[Any]) -> None:
     """The first request to leave is carried out in order; TERM on top of it means that order took too long."""
-    if link.shutdown_requested.is_set():
+    if link.shutdown_requested:
         os._exit(128 + signal.SIGTERM)
-    link.shutdown_requested.set()
+    link.shutdown_requested = True
     inbox.put(Shutdown(reason="SIGTERM"))
 
 
