@@ -58,8 +58,7 @@ def _measure(folder: Path, home: Path, swaps: int) -> dict[str, Any]:
             took.append(time.perf_counter() - started)
             evicted = names[1 - number % 2]
             wait_until(lambda: router.model(evicted)["state"] == "unloaded", "the other one is gone")  # noqa: B023
-            (eviction,) = router.model(name)["last_swap"]["evictions"]
-            evictions.append(eviction)
+            evictions.append(router.wait_eviction(name))
             if number % _LOOK_EVERY == 0:
                 rests.append(_at_rest(router))
                 trees.append(rests[-1]["tree"])

@@ -151,7 +151,7 @@ def test_a_worker_that_does_not_leave_is_made_to(home: Path, script: dict[str, A
         router.generate("a")
         router.generate("b")
         # b was loaded while it still ran, because memory allows both.
-        (eviction,) = wait_until(lambda: router.model("b")["last_swap"]["evictions"], "the eviction is over")
+        eviction = router.wait_eviction("b")
         assert eviction["rung"] == rung
         assert router.status()["router"]["kill_incidents"] == (1 if rung == "kill" else 0)
 

@@ -116,7 +116,7 @@ def test_a_swap_waits_for_the_running_stream(home: Path) -> None:
             assert text == "".join(f"a:latest-{n} " for n in range(1, 101))
             assert parts[-1]["done_reason"] == "stop"
             assert other.result(timeout=20)["response"] == "b:latest-1 b:latest-2 "
-        assert router.model("b")["last_swap"]["evictions"][0]["drain_seconds"] > 0.2
+        assert router.wait_eviction("b")["drain_seconds"] > 0.2
 
 
 def test_requests_for_a_draining_model_wait_and_are_served_after_the_swap(home: Path) -> None:
@@ -184,7 +184,7 @@ def test_memory_is_back_after_an_unload(home: Path) -> None:
         router.generate("a")
         assert router.model("a")["memory_bytes"] >= 300_000_000
         router.generate("b")
-        (eviction,) = wait_until(lambda: router.model("b")["last_swap"]["evictions"], "the first model is reclaimed")
+        eviction = router.wait_eviction("b")
         assert eviction["verdict"] == "returned"
         assert eviction["held_bytes"] >= 300_000_000
         assert eviction["memory_back_seconds"] < 2

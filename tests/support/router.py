@@ -135,6 +135,12 @@ class RouterProcess:
         entry: dict[str, Any] = wait_until(reached, f"{name} in {states}", seconds)
         return entry
 
+    def wait_eviction(self, name: str) -> dict[str, Any]:
+        """The one eviction that the last load of a model was for, once it is over: the two may overlap."""
+        (eviction,) = wait_until(lambda: self.model(name)["last_swap"]["evictions"], f"the eviction for {name} is over")
+        found: dict[str, Any] = eviction
+        return found
+
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.pid).children(recursive=True)
 
