@@ -237,6 +237,7 @@ def _options(settings: Settings, home: Path | None) -> SupervisorOptions:
         worker_source=SourceKind(settings.worker_source),
         prefill_share=settings.prefill_share,
         longest_gap_ms=settings.longest_gap_ms,
+        prefix_cache_bytes=settings.prefix_cache_memory,
         standby_workers=settings.standby_workers,
         load_timeout_seconds=settings.load_timeout_seconds,
         warm_up_timeout_seconds=settings.warm_up_timeout_seconds,

@@ -128,6 +128,11 @@ class Settings:
         150.0, kinds.milliseconds,
         "Longest pause in running answers while a prompt is processed; shorter makes long prompts slower.", unit="ms",
     )  # fmt: skip
+    prefix_cache_memory: int = _setting(
+        4 * 2**30, kinds.size,
+        "Most memory in which a model keeps processed prompts and answers for requests that begin alike; less, where "
+        "running requests need it; 0 keeps none.", unit="bytes",
+    )  # fmt: skip
     context_length: int = _setting(
         0,
         kinds.integer,

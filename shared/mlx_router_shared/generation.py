@@ -153,6 +153,10 @@ class GenerationRequest(Struct, frozen=True, kw_only=True, tag="generate"):
     """Begin with the prompt, and with its log probabilities if those are wanted."""
     priority: int = 0
     """Prompts of a higher one are processed first."""
+    cache_prompt: bool = True
+    """Whether the state of prompt and answer may be kept for requests that begin alike, and such a state be used."""
+    cache_scope: str = ""
+    """Only requests with the same scope share kept states."""
     wants_context: bool = False
     """Tell all token ids at the end, so that they can be sent back as ``prefix_tokens``."""
 

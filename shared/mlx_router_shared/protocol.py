@@ -94,6 +94,8 @@ class Load(Struct, frozen=True, kw_only=True, tag="load"):
     requests_limit_bytes: int = 0
     """Of these, what caches and work space of requests may use; requests that do not fit wait. 0: what
     ``memory_limit_bytes`` leaves beside the weights."""
+    prefix_cache_bytes: int = 0
+    """Of these, what may be kept of processed prompts and answers for requests that begin alike; 0 keeps nothing."""
     cache_limit_bytes: int = 0
     """The most that MLX may keep of freed buffers; 0 leaves MLX's own limit."""
     wired_limit_bytes: int = 0
@@ -107,6 +109,7 @@ class SetLimits(Struct, frozen=True, kw_only=True, tag="set_limits"):
     cache_limit_bytes: int
     wired_limit_bytes: int
     requests_limit_bytes: int = 0
+    prefix_cache_bytes: int = 0
     trim: bool = False
     """Give back what is kept without being needed."""
 

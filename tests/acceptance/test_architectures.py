@@ -5,110 +5,57 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
-from mlx_lm.generate import generate_step
 
-from mlx_router_shared.generation import ContextTokens, Event, Finish, GenerationRequest, Sampling
-from mlx_router_shared.protocol import Load, SetLimits
-from mlx_router_worker.engines.text import TextEngine
-from tests.support.engine import submit
-from tests.tiny_models.architectures import ARCHITECTURES, make_architecture
-
-_ANSWER = 12
+from mlx_router_shared.generation import Event
+from mlx_router_shared.protocol import SetLimits
+from tests.support.architectures import Subject, answer_of, random_prompt
+from tests.tiny_models.architectures import ARCHITECTURES
 
 
 def _slow(*values: int) -> list[Any]:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-class _Subject:
-    """An engine with a model, and the bare loop's answers by the prompt."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        make_architecture(folder, name)
-        self.engine = TextEngine(lambda data: None)
-        load = Load(model=name, path=str(folder), context_tokens=2048, parallel=6)
-        self.facts = self.engine.load(load, lambda *stage: None)
-        self.ends = self.engine._ends
-        self._known: dict[tuple[int, ...], list[int]] = {}
-
-    def bare(self, prompt: list[int], most: int = _ANSWER) -> list[int]:
-        key = (most, *prompt)
-        if key not in self._known:
-            found: list[int] = []
-            stream: Any = mx.default_stream(mx.default_device())
-            for token, _ in generate_step(
-                mx.array(prompt), self.engine._model, stream, max_tokens=most, prefill_step_size=32
-            ):
-                found.append(int(token))
-                if token in self.ends:
-                    break
-            self._known[key] = found
-        return self._known[key]
-
-    def submit(self, name: str, prompt: list[int], most: int = _ANSWER) -> list[Event]:
-        request = GenerationRequest(
-            prompt_tokens=prompt, max_tokens=most, sampling=Sampling(temperature=0.0), wants_context=True
-        )
-        return submit(self.engine, name, request)
-
-    def play(self, out: dict[str, list[Event]], steps: int = 100_000) -> None:
-        while self.engine.streams and steps:
-            steps -= 1
-            for stream in self.engine.step():
-                out.setdefault(stream.request_id, []).extend(stream.events)
-
-
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))
-def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Subject]:
-    found = _Subject(tmp_path_factory.mktemp(request.param), request.param)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    found = Subject(tmp_path_factory.mktemp(request.param), request.param)
     yield found
     found.engine.close()
 
 
-def _prompt(rng: random.Random, length: int) -> list[int]:
-    return [rng.randrange(10, 300) for _ in range(length)]
-
-
-def _answer(events: list[Event], prompt: list[int]) -> list[int]:
-    (context,) = [event for event in events if isinstance(event, ContextTokens)]
-    assert isinstance(events[-1], Finish)
-    assert context.tokens[: len(prompt)] == prompt
-    return context.tokens[len(prompt) :]
-
-
-def test_tokens_far_back_decide_which_one_is_next(subject: _Subject) -> None:
+def test_tokens_far_back_decide_which_one_is_next(subject: Subject) -> None:
     """The control of all the others: a cache with a foreign beginning would show in the tokens."""
     rng = random.Random(1)
-    prompts = [_prompt(rng, 20) + _prompt(random.Random(2), 40) for _ in range(4)]
+    prompts = [random_prompt(rng, 20) + random_prompt(random.Random(2), 40) for _ in range(4)]
     assert len({tuple(subject.bare(prompt)) for prompt in prompts}) > 1
 
 
 @pytest.mark.parametrize("length", [33, *_slow(1, 2, 31, 32, 70, 257, 300, 700)])
-def test_a_prompt_alone(subject: _Subject, length: int) -> None:
-    prompt = _prompt(random.Random(length), length)
+def test_a_prompt_alone(subject: Subject, length: int) -> None:
+    prompt = random_prompt(random.Random(length), length)
     out = {"r": subject.submit("r", prompt)}
     subject.play(out)
-    assert _answer(out["r"], prompt) == subject.bare(prompt)
+    assert answer_of(out["r"], prompt) == subject.bare(prompt)
 
 
-def test_prompts_of_different_lengths_at_once(subject: _Subject) -> None:
+def test_prompts_of_different_lengths_at_once(subject: Subject) -> None:
     rng = random.Random(3)
-    prompts = {str(number): _prompt(rng, length) for number, length in enumerate((5, 40, 90, 127, 3, 300, 33, 64))}
+    prompts = {
+        str(number): random_prompt(rng, length) for number, length in enumerate((5, 40, 90, 127, 3, 300, 33, 64))
+    }
     out = {name: subject.submit(name, prompt) for name, prompt in prompts.items()}
     subject.play(out)
     for name, prompt in prompts.items():
-        assert _answer(out[name], prompt) == subject.bare(prompt), name
+        assert answer_of(out[name], prompt) == subject.bare(prompt), name
 
 
 @pytest.mark.parametrize("seed", _slow(0, 1, 2))
-def test_requests_that_join_and_are_cancelled_at_random_steps(subject: _Subject, seed: int) -> None:
+def test_requests_that_join_and_are_cancelled_at_random_steps(subject: Subject, seed: int) -> None:
     rng = random.Random(seed)
-    prompts = {str(number): _prompt(rng, rng.choice((3, 30, 100, 200, 330))) for number in range(10)}
+    prompts = {str(number): random_prompt(rng, rng.choice((3, 30, 100, 200, 330))) for number in range(10)}
     cancelled = set(rng.sample(sorted(prompts), 3))
     out: dict[str, list[Event]] = {}
     running: list[str] = []
@@ -121,16 +68,16 @@ def test_requests_that_join_and_are_cancelled_at_random_steps(subject: _Subject,
             running.remove(victim)
     subject.play(out)
     for name in running:
-        assert _answer(out[name], prompts[name]) == subject.bare(prompts[name]), name
+        assert answer_of(out[name], prompts[name]) == subject.bare(prompts[name]), name
 
 
 @pytest.mark.slow
-def test_rows_that_give_their_caches_up_go_on_where_they_were(subject: _Subject) -> None:
+def test_rows_that_give_their_caches_up_go_on_where_they_were(subject: Subject) -> None:
     """The limit falls while they are answered; there is room for one of them afterwards."""
     rng = random.Random(5)
     prompts: dict[str, list[int]] = {}
     while len(prompts) < 3:
-        prompt = _prompt(rng, 60)
+        prompt = random_prompt(rng, 60)
         if len(subject.bare(prompt, 60)) == 60:  # it does not end by itself before
             prompts[str(len(prompts))] = prompt
     out = {name: subject.submit(name, prompt, 60) for name, prompt in prompts.items()}
@@ -146,12 +93,12 @@ def test_rows_that_give_their_caches_up_go_on_where_they_were(subject: _Subject)
     subject.play(out)
     engine.set_limits(SetLimits(memory_limit_bytes=0, cache_limit_bytes=0, wired_limit_bytes=0))
     for name, prompt in prompts.items():
-        assert _answer(out[name], prompt) == subject.bare(prompt, 60), name
+        assert answer_of(out[name], prompt) == subject.bare(prompt, 60), name
 
 
 @pytest.mark.slow
-def test_choices_of_one_prompt_process_it_once(subject: _Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = _prompt(random.Random(6), 200)
+def test_choices_of_one_prompt_process_it_once(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = random_prompt(random.Random(6), 200)
     processed: list[int] = []
     process = subject.engine._lane.process
 
@@ -165,11 +112,11 @@ def test_choices_of_one_prompt_process_it_once(subject: _Subject, monkeypatch: p
     out = {str(number): subject.submit(str(number), prompt) for number in range(4)}
     subject.play(out)
     assert sum(processed) == len(prompt)
-    assert all(_answer(events, prompt) == subject.bare(prompt) for events in out.values())
+    assert all(answer_of(events, prompt) == subject.bare(prompt) for events in out.values())
 
 
 @pytest.mark.slow
-def test_groups_that_become_one_go_on_with_the_same_tokens(subject: _Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_that_become_one_go_on_with_the_same_tokens(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three short rows and a long one; two of the short ones end, and padding the last one becomes cheap."""
     if not subject.facts.is_batched:
         assert subject.engine._batches._place(10, 1) is None, "each row is decoded by itself"
@@ -181,7 +128,7 @@ def test_groups_that_become_one_go_on_with_the_same_tokens(subject: _Subject, mo
     rng = random.Random(9)
     prompts: dict[str, list[int]] = {}
     while len(prompts) < 4:
-        prompt = _prompt(rng, 330 if not prompts else 30)
+        prompt = random_prompt(rng, 330 if not prompts else 30)
         if len(subject.bare(prompt, 60)) == 60:
             prompts[str(len(prompts))] = prompt
     out = {name: subject.submit(name, prompt, 60) for name, prompt in prompts.items()}
@@ -194,4 +141,4 @@ def test_groups_that_become_one_go_on_with_the_same_tokens(subject: _Subject, mo
     assert [len(group.rows) for group in engine._batches.groups] == [2]
     subject.play(out)
     for name in ("0", "1"):
-        assert _answer(out[name], prompts[name]) == subject.bare(prompts[name], 60), name
+        assert answer_of(out[name], prompts[name]) == subject.bare(prompts[name], 60), name

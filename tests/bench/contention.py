@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from tests.bench.throughput import http_round
+from tests.bench.throughput import WITHOUT_REUSE, http_round
 from tests.support.router import RouterProcess, running_router
 from tests.tiny_models.random_model import make_random_model
 from tests.tiny_models.tokenizer import VOCABULARY
@@ -104,7 +104,7 @@ def _longest_gap(arrivals: list[_Arrivals], begin: float, end: float) -> float:
 def beside(folder: Path, home: Path, model: str, rounds: int = 2) -> dict[str, Any]:
     """A prompt of 5,000 tokens beside four running answers."""
     rows = []
-    with running_router(home, "--models-dir", str(folder), "--standby-workers", "0") as router:
+    with running_router(home, *WITHOUT_REUSE, "--models-dir", str(folder)) as router:
         router.generate(model, prompt="word", options={"num_predict": 1})
         for turn in range(rounds):
             alone = _first_token_seconds(router, model, f"{turn} alone " + "word " * _WORDS_OF_5000)
@@ -133,7 +133,7 @@ def beside(folder: Path, home: Path, model: str, rounds: int = 2) -> dict[str, A
 def long_row(folder: Path, home: Path, model: str, rounds: int = 2) -> dict[str, Any]:
     """Seven short rows alone, and beside one whose prompt has 6,000 tokens."""
     rows = []
-    with running_router(home, "--models-dir", str(folder), "--standby-workers", "0") as router:
+    with running_router(home, *WITHOUT_REUSE, "--models-dir", str(folder)) as router:
         router.generate(model, prompt="word", options={"num_predict": 1})
         for turn in range(rounds):
             with _running(router, model, _SHORT_ROWS) as arrivals:
@@ -166,7 +166,7 @@ def long_row(folder: Path, home: Path, model: str, rounds: int = 2) -> dict[str,
 def equal_prompts(folder: Path, home: Path, model: str, rounds: int = 2) -> dict[str, Any]:
     """Eight prompts of equal length at once."""
     rows = []
-    with running_router(home, "--models-dir", str(folder), "--standby-workers", "0") as router:
+    with running_router(home, *WITHOUT_REUSE, "--models-dir", str(folder)) as router:
         router.generate(model, prompt="word", options={"num_predict": 1})
         for turn in range(rounds):
             seconds = [0.0] * 8
@@ -189,7 +189,7 @@ def sampling(home: Path, rounds: int = 5) -> list[dict[str, Any]]:
     folder = home / "models"
     make_random_model(folder / "wide", size_bytes=4_000_000, padding=_QWEN_VOCABULARY - VOCABULARY)
     rows = []
-    with running_router(home, "--models-dir", str(folder), "--standby-workers", "0") as router:
+    with running_router(home, *WITHOUT_REUSE, "--models-dir", str(folder)) as router:
         for streams, tokens in ((1, 24), (4, 12), (16, 6)):
             rates: dict[str, list[float]] = {"greedy": [], "default": []}
             for number in range(rounds + 1):

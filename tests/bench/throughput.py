@@ -15,11 +15,13 @@ from urllib.parse import urlsplit
 from tests.bench.bare import PROMPT
 from tests.support.router import RouterProcess, running_router
 
-__all__ = ["ROUNDS", "http_round", "throughput"]
+__all__ = ["ROUNDS", "WITHOUT_REUSE", "http_round", "throughput"]
 
 # Tokens per stream, by the number of streams: rounds of about a second on two cores.
 TOKENS: Final = {"random-8mb": {1: 96, 4: 64, 16: 32}, "random-64mb": {1: 12, 4: 8, 16: 4}}
 ROUNDS: Final = 16
+WITHOUT_REUSE: Final = ("--standby-workers", "0", "--prefix-cache-memory", "0")
+"""Arguments of a router for measurements in which prompts are repeated and shall be processed each time."""
 
 
 def http_round(
@@ -63,7 +65,7 @@ def http_round(
 def throughput(folder: Path, home: Path) -> list[dict[str, Any]]:
     """Short rounds of the floor and of HTTP, alternately, so that a busy machine slows both alike."""
     rows = []
-    with running_router(home, "--models-dir", str(folder), "--standby-workers", "0") as router:
+    with running_router(home, *WITHOUT_REUSE, "--models-dir", str(folder)) as router:
         for model, tokens_of in TOKENS.items():
             command = [sys.executable, "-m", "tests.bench.bare", str(folder / model)]
             with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as bare:

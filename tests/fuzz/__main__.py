@@ -114,7 +114,16 @@ class Fuzzer:
         headers: dict[str, str] = {}
         if choose.random() < 0.1:
             headers[
-                choose.choice(["X-Priority", "X-Deadline-Seconds", "X-Keep-Alive", "anthropic-version", "Content-Type"])
+                choose.choice(
+                    [
+                        "X-Priority",
+                        "X-Deadline-Seconds",
+                        "X-Keep-Alive",
+                        "X-Prefix-Cache",
+                        "anthropic-version",
+                        "Content-Type",
+                    ]
+                )
             ] = choose.choice(["5", "high", "x", "-1", "2023-06-01", "nan", "1e99", "5m"])
         if choose.random() < 0.06:
             path = choose.choice(_LOOKS) + choose.choice(["", "/", "?limit=1", "?limit=x&after_id=demo", "/x", "%2F.."])

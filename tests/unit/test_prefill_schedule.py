@@ -30,7 +30,7 @@ class _Machine:
     def prompts(self) -> list[WaitingPrompt]:
         return [
             WaitingPrompt(key=name, position=at, remaining=self.lengths[name] - at, arrived=self.arrived[name],
-                          priority=self.priority[name])
+                          priority=self.priority[name], has_begun=at > 0)
             for name, at in self.positions.items()
         ]  # fmt: skip
 

@@ -314,8 +314,11 @@ class Answer:
 
     async def _events_of_one(self, lease: Lease, request: CanonicalRequest) -> AsyncGenerator[list[Event], None]:
         """A failure is raised after what came before it."""
-        if isinstance(request, GenerationRequest) and self._wishes.priority:
-            request = msgspec.structs.replace(request, priority=self._wishes.priority)
+        if isinstance(request, GenerationRequest):
+            wishes = self._wishes
+            request = msgspec.structs.replace(
+                request, priority=wishes.priority, cache_scope=wishes.cache_scope, cache_prompt=wishes.cache_prompt
+            )
         async with aclosing(lease.generate(request)) as batches:
             async for events in batches:
                 failure = events[-1] if events and isinstance(events[-1], Failure) else None

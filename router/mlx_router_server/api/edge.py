@@ -56,7 +56,7 @@ _STAINLESS: Final = [
 _ALLOW_HEADERS: Final = ",".join(
     ["Authorization", "Content-Type", "User-Agent", "Accept", "X-Requested-With", "OpenAI-Beta"]
     + ["x-api-key", "anthropic-version", "anthropic-beta", "anthropic-dangerous-direct-browser-access"]
-    + ["X-Priority", "X-Deadline-Seconds", "X-Keep-Alive"]
+    + ["X-Priority", "X-Deadline-Seconds", "X-Keep-Alive", "X-Prefix-Cache"]
     + [f"x-stainless-{name}" for name in _STAINLESS]
 )
 _ALLOW_METHODS: Final = "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"

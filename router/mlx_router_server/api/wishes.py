@@ -1,6 +1,6 @@
 """What a request says in headers about how it wants to be served: for how long, how urgently, until when.
 
-The same three headers on all APIs; what a body says of ``keep_alive`` wins over the header.
+The same headers on all APIs; what a body says of ``keep_alive`` wins over the header.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Final
 
 from starlette.requests import Request
 
+from mlx_router_server.api.server import caller_of
 from mlx_router_server.durations import parse_duration
 from mlx_router_server.workers.plan import Wishes
 from mlx_router_shared.errors import InvalidRequest
@@ -28,6 +29,8 @@ def read_wishes(request: Request, keep_alive_seconds: float | None = None, *, ex
         keep_alive_seconds=keep_alive_seconds,
         priority=_priority(request.headers.get("x-priority")),
         deadline_seconds=_deadline(request.headers.get("x-deadline-seconds")),
+        cache_prompt=_cache_prompt(request.headers.get("x-prefix-cache")),
+        cache_scope=caller_of(request).digest,
         explicit=explicit,
     )
 
@@ -40,6 +43,14 @@ def _keep_alive(text: str | None) -> float | None:
     except ValueError:
         return parse_duration(text)
     return parse_duration(text if math.isnan(seconds) else seconds)
+
+
+def _cache_prompt(text: str | None) -> bool:
+    if text is None:
+        return True
+    if (word := text.strip().lower()) not in ("on", "off"):
+        raise InvalidRequest("X-Prefix-Cache has to be on or off", param="X-Prefix-Cache")
+    return word == "on"
 
 
 def _priority(text: str | None) -> int:

@@ -28,6 +28,8 @@ class SupervisorOptions:
     stop_timeout_seconds: float = 10.0
     prefill_share: float = 0.46
     longest_gap_ms: float = 150.0
+    prefix_cache_bytes: int = 0
+    """The most that each worker keeps of prompts and answers; it keeps less where requests need the memory."""
     stall_timeout_seconds: float = 120.0
     """0: a worker may take as long as it likes for one step."""
     measurements: Path | None = None
@@ -62,6 +64,10 @@ class Wishes:
     keep_alive_seconds: float | None = None
     priority: int = 0
     deadline_seconds: float | None = None
+    cache_prompt: bool = True
+    """Whether states of its prompt and answer may be kept, and kept ones be used."""
+    cache_scope: str = ""
+    """Which requests it shares kept states with: those of the same API key."""
     explicit: bool = False
     """An operator's load, which forgets earlier failures."""
 

@@ -161,6 +161,7 @@ class Run:
             warm_up_seconds=self._options.warm_up_timeout_seconds,
             memory_limit_bytes=self._share.memory_bytes,
             requests_limit_bytes=self._share.requests_bytes,
+            prefix_cache_bytes=self._options.prefix_cache_bytes,
             cache_limit_bytes=self._share.cache_bytes,
             wired_limit_bytes=self._share.wired_bytes,
         )
@@ -226,7 +227,8 @@ class Run:
         self._send(
             SetLimits(
                 memory_limit_bytes=share.memory_bytes, cache_limit_bytes=share.cache_bytes,
-                wired_limit_bytes=share.wired_bytes, requests_limit_bytes=share.requests_bytes, trim=trim,
+                wired_limit_bytes=share.wired_bytes, requests_limit_bytes=share.requests_bytes,
+                prefix_cache_bytes=self._options.prefix_cache_bytes, trim=trim,
             )
         )  # fmt: skip
 

@@ -66,6 +66,8 @@ class Prepared:
     guide: GuideProcessor | None
     dropped: int = 0
     """Turns of the conversation that were left out."""
+    cuts: list[int] = field(default_factory=list)
+    """Positions in the prompt to which later prompts are likely to be equal."""
     unsupported: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
     """What else a generator needs."""

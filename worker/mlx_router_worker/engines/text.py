@@ -15,6 +15,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,16 @@ import mlx.core as mx
 
 from mlx_router_shared.cache_size import estimate_cache, estimate_work
 from mlx_router_shared.errors import MlxRouterError
-from mlx_router_shared.generation import Event, Failure, Finish, FinishReason, PromptEcho, StreamEvents, failure_of
+from mlx_router_shared.generation import (
+    Event,
+    Failure,
+    Finish,
+    FinishReason,
+    PromptEcho,
+    Request,
+    StreamEvents,
+    failure_of,
+)
 from mlx_router_shared.model_config import text_config
 from mlx_router_shared.protocol import Load, ModelFacts, SetLimits
 from mlx_router_worker.engine import Report
@@ -34,10 +44,12 @@ from mlx_router_worker.generation.decode import Batches, Drawn
 from mlx_router_worker.generation.drafts import DraftLane
 from mlx_router_worker.generation.memory import MemoryLedger
 from mlx_router_worker.generation.prefill import PrefillLane
+from mlx_router_worker.generation.prefixes import PrefixCache
 from mlx_router_worker.generation.rows import Row
 from mlx_router_worker.generation.sampling import Scores, draw, processors_for
 from mlx_router_worker.generation.schedule import LONGEST_CHUNK, Chunk, PrefillScheduler
 from mlx_router_worker.generation.scoring import PromptScore
+from mlx_router_worker.prefix.boundaries import cut_points
 
 __all__ = ["TextEngine"]
 
@@ -69,9 +81,10 @@ class TextEngine(AnsweringEngine):
         self._lane = PrefillLane(self._model, self._vocabulary)
         self._batches = Batches(self._model, can_batch=batched, weights_bytes=self._weights_bytes)
         on_cpu = mx.default_device().type == mx.cpu
-        self._scheduler = PrefillScheduler(
-            load.prefill_share, load.longest_gap_ms / 1000, _LONGEST_CHUNK_ON_CPU if on_cpu else LONGEST_CHUNK
-        )
+        longest_chunk = _LONGEST_CHUNK_ON_CPU if on_cpu else LONGEST_CHUNK
+        self._scheduler = PrefillScheduler(load.prefill_share, load.longest_gap_ms / 1000, longest_chunk)
+        self._prefixes = PrefixCache(self._model)
+        self._prefixes.set_limit(load.prefix_cache_bytes)
         text = dict(text_config(config))
         ledger = MemoryLedger(
             limit_bytes=0,
@@ -79,7 +92,7 @@ class TextEngine(AnsweringEngine):
             cache=estimate_cache(text),
             work=estimate_work(text, fused_attention=not on_cpu),
         )
-        self._admission = RowAdmission(ledger, self._lane, self._batches, self._drafts)
+        self._admission = RowAdmission(ledger, self._lane, self._batches, self._drafts, self._prefixes, longest_chunk)
         self._admission.set_limit(load.memory_limit_bytes, load.requests_limit_bytes)
         self._renderer.spare_bytes = self._admission.spare_bytes
         self._apply_wired_limit()
@@ -110,8 +123,18 @@ class TextEngine(AnsweringEngine):
     def set_limits(self, limits: SetLimits) -> None:
         super().set_limits(limits)
         self._admission.set_limit(limits.memory_limit_bytes, limits.requests_limit_bytes)
+        self._prefixes.set_limit(limits.prefix_cache_bytes)
+        if limits.trim:
+            self._prefixes.shrink(self._prefixes.nbytes // 2)
+        self._admission.limit_prefixes()
 
     # ----------------------------------------------------------------- requests
+
+    def prepare(self, request: Request) -> Any:
+        prepared = super().prepare(request)
+        if not self._prefixes.needs_snapshot:
+            return prepared
+        return replace(prepared, cuts=cut_points(prepared.tokens, self._renderer.turn_ends))
 
     def submit(self, request_id: str, prepared: Any) -> list[Event]:
         assert isinstance(prepared, Prepared)
@@ -135,6 +158,10 @@ class TextEngine(AnsweringEngine):
             priority=request.priority,
             repeatable=sampling.seed is not None and sampling.temperature != 0,
             ending=prepared.ending,
+            scope=request.cache_scope,
+            reuses=request.cache_prompt and not wants_score,
+            keeps=request.cache_prompt,
+            cuts=prepared.cuts,
         )
         if wants_score and request.top_logprobs is not None:
             row.score = PromptScore(tokens=prepared.tokens, vocabulary=self._words, top=request.top_logprobs)
@@ -151,9 +178,13 @@ class TextEngine(AnsweringEngine):
             self._lane.rows.remove(row)
         elif self._drafts is not None and self._drafts.row is row:
             self._drafts.release()
-        else:
+        elif (group := self._batches.group_of(row)) is not None:
+            self._prefixes.keep_answer(row, group.cache, group.place(row))
             self._late.extend(self._batches.remove(row, self._admission.bytes_per_token))
+        if row.cache is not None:
+            self._prefixes.keep_answer(row, row.cache)
         row.cache = None
+        self._admission.limit_prefixes()
 
     @property
     def streams(self) -> int:
@@ -182,6 +213,8 @@ class TextEngine(AnsweringEngine):
         if not self._lane.rows:
             return None
         now = time.perf_counter()
+        for row in self._lane.rows:
+            self._prefixes.look_up(row)
         prompts = self._scheduler.in_order(now, [row.waiting_prompt for row in self._lane.rows])
         running = len(self._admission.decoding) + len(self._lane.begun)
         allowed = []
@@ -199,7 +232,10 @@ class TextEngine(AnsweringEngine):
     def _process(self, chunk: Chunk, out: list[StreamEvents]) -> None:
         first: Row = chunk.key
         self._batches.wait()  # so that the chunk's time is its own
-        position, tokens = first.position, self._admission.longest_chunk(chunk.tokens)
+        if first.cache is None:
+            self._prefixes.begin(first)
+        position = first.position
+        tokens = self._prefixes.longest_chunk(first, self._admission.longest_chunk(chunk.tokens))
         rows = self._lane.together(first, tokens)[: max(self._parallel - len(self._admission.decoding), 1)]
         if not self._admission.fits(rows):
             rows = [first]
@@ -207,6 +243,8 @@ class TextEngine(AnsweringEngine):
         cache: Cache | None = None
         logits: mx.array | None
         if len(rows) > 1:
+            for row in rows[1:]:
+                self._prefixes.begin(row)
             logits, cache = self._lane.process_together(rows)
             tokens = len(rows) * max(len(row.tokens) for row in rows)
         else:
@@ -217,7 +255,13 @@ class TextEngine(AnsweringEngine):
         self._scheduler.note_chunk(
             position, tokens, seconds, owes=chunk.owes, priority=first.priority, running_priority=running_priority
         )
+        self._prefixes.keep_prompt(first)
         if logits is None:
+            self._admission.limit_prefixes()
+            return
+        if first.stream.cached_tokens and not mx.isfinite(logits).all().item():
+            self._prefixes.forget(first)
+            first.start_over()
             return
         held, length = (first.cache, first.position) if cache is None else (cache, max(len(row.tokens) for row in rows))
         assert held is not None
@@ -346,5 +390,5 @@ class TextEngine(AnsweringEngine):
         self._late.clear()
         self._drafts = None
         if self._model is not None and hasattr(self, "_lane"):
-            del self._lane, self._batches, self._admission
+            del self._lane, self._batches, self._admission, self._prefixes
         super().close()

@@ -16,6 +16,7 @@ from mlx_router_worker.generation.decode import Batches
 from mlx_router_worker.generation.drafts import DraftLane
 from mlx_router_worker.generation.memory import MemoryLedger, too_long_for_memory
 from mlx_router_worker.generation.prefill import PrefillLane
+from mlx_router_worker.generation.prefixes import PrefixCache
 from mlx_router_worker.generation.rows import Row
 
 __all__ = ["RowAdmission"]
@@ -28,10 +29,16 @@ _UNLIMITED_SPARE_BYTES: Final = 4 * 2**30
 
 
 class RowAdmission:
-    """Reads which rows hold caches; changes none of them. Used by the compute thread, except ``spare_bytes``."""
+    """Reads which rows hold caches; changes none of them, but drops kept prefixes. Used by the compute thread, except
+    ``spare_bytes``."""
 
-    def __init__(self, ledger: MemoryLedger, lane: PrefillLane, batches: Batches, drafts: DraftLane | None) -> None:
+    def __init__(
+        self, ledger: MemoryLedger, lane: PrefillLane, batches: Batches, drafts: DraftLane | None,
+        prefixes: PrefixCache, longest_chunk: int,
+    ) -> None:  # fmt: skip
         self._ledger = ledger
+        self._prefixes = prefixes
+        self._longest_chunk = longest_chunk
         self._lane = lane
         self._batches = batches
         self._drafts = drafts
@@ -101,11 +108,23 @@ class RowAdmission:
             lengths.append([len(row.tokens) + min(max(left, 0), _HEADROOM_TOKENS)])
         if len(lengths) == 1:  # alone, a row only needs what it has been accepted for
             lengths = [[len(rows[0].tokens) + 1]]
-        return self._ledger.fits(lengths)
+        return self._fit(lengths)
 
     def is_exceeded(self) -> bool:
         """Return whether the rows that hold caches do not fit any more."""
-        return not self._ledger.fits(self._lengths())
+        return not self._fit(self._lengths())
+
+    def _fit(self, lengths: list[list[int]]) -> bool:
+        """Whether rows of these lengths fit, by batch. Kept prefixes make way for them, and for a long chunk beside
+        them."""
+        if not self._ledger.limit_bytes:
+            return True
+        self._prefixes.shrink(self._ledger.limit_bytes - self._ledger.needed_bytes(lengths, self._longest_chunk))
+        return self._ledger.fits(lengths)
+
+    def limit_prefixes(self) -> None:
+        """Keep no more of the prefixes than there is memory for."""
+        self._fit(self._lengths())
 
     def longest_chunk(self, most: int) -> int:
         """Return the most tokens, up to ``most``, that a chunk may have now."""

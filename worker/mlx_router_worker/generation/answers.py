@@ -74,6 +74,8 @@ class AnswerStream:
     guide: GuideProcessor | None = None
     context: list[int] | None = None
     """Token ids of prompt and answer, if they are wanted."""
+    cached_tokens: int = 0
+    """Of the prompt, whose state was kept."""
     first_token: float = 0.0
     tokens: int = 0
     reasoning_tokens: int = 0
@@ -150,6 +152,7 @@ class AnswerStream:
     def _end(self, reason: FinishReason) -> list[Event]:
         usage = Usage(
             prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
             completion_tokens=self.tokens,
             reasoning_tokens=self.reasoning_tokens,
             prefill_seconds=self.first_token - self.started,

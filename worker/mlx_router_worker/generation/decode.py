@@ -77,6 +77,10 @@ class Batch:
         for row in rows:
             row.cache = None
 
+    def place(self, row: Row) -> int | None:
+        """Return the row's place in ``cache``; None if that is the row's own."""
+        return self.rows.index(row) if self._is_merged else None
+
     def absorb(self, other: Batch) -> list[Drawn]:
         """Take over all rows of another batch. Returns tokens that were under way."""
         drawn = self.flush() + other.flush()
@@ -108,6 +112,8 @@ class Batch:
         fed = self._next
         assert fed is not None
         logits = self._model(fed[:, None], cache=self._cache)[:, -1, :]
+        for row in self.rows:
+            row.position += 1
         contexts = [row.fetch_context(fed[place : place + 1]) for place, row in enumerate(self.rows)]
         self._draw = draw(self.rows, logits, contexts)
         self._unread = list(self.rows)

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer
 
 from mlx_router_shared.errors import LoadFailed
-from mlx_router_worker.generation.caches import Cache, cache_kinds, can_trim, evaluate, new_cache, trim_to
+from mlx_router_worker.generation.caches import Cache, cache_kinds, can_trim, evaluate, held_tokens, new_cache, trim_to
 from mlx_router_worker.generation.decode import Drawn
 from mlx_router_worker.generation.rows import Row
 from mlx_router_worker.generation.sampling import read_scores, score_tokens
@@ -69,6 +69,7 @@ class DraftLane:
         row, self.row = self.row, None
         if row is not None:
             row.cache = self._cache
+            row.position = min(held_tokens(self._cache), len(row.tokens))
             row.context = None
         self._cache = self._draft_cache = []
         return row

@@ -1,7 +1,8 @@
 """How many rows fit: admission of active caches by bytes.
 
-Pure arithmetic over lengths. ``weights + 2 x active + kept + work space <= limit``: a batch pays for its longest row in
-each of its rows, and old and new buffers exist side by side while rows join, leave or outgrow their buffers.
+Pure arithmetic over lengths. ``weights + 2 x active + work space <= limit``: a batch pays for its longest row in each
+of its rows, and old and new buffers exist side by side while rows join, leave or outgrow their buffers. Kept prefixes
+take what is left.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ class MemoryLedger:
     cache: CacheSize
     """Of one row; replaced by what is measured."""
     work: WorkSize = field(default_factory=WorkSize)
-    kept_bytes: int = 0
-    """Of caches that no running request uses."""
 
     def active_bytes(self, groups: Groups) -> int:
         """Return what the caches of these batches take."""
@@ -40,7 +39,7 @@ class MemoryLedger:
         groups = [list(lengths) for lengths in groups]
         longest = max((max(lengths) for lengths in groups if lengths), default=0)
         active = CACHE_COPIES * self.active_bytes(groups)
-        return self.weights_bytes + active + self.kept_bytes + self.work.bytes_for(chunk, longest)
+        return self.weights_bytes + active + self.work.bytes_for(chunk, longest)
 
     def fits(self, groups: Groups, chunk: int = SHORTEST_CHUNK) -> bool:
         return not self.limit_bytes or self.needed_bytes(groups, chunk) <= self.limit_bytes

@@ -107,6 +107,8 @@ class PrefillLane:
         last: mx.array = self._model(mx.array([row.tokens[-1:] for row in rows]), cache=cache)[:, -1, :]
         evaluate(cache)
         mx.eval(last)
+        for row in rows:
+            row.position = len(row.tokens)
         return last, cache
 
     def same_prompt(self, row: Row) -> list[Row]:
@@ -127,4 +129,4 @@ class PrefillLane:
 
 
 def _is_short(row: Row) -> bool:
-    return row.position == 0 and row.score is None and 1 < len(row.tokens) <= SHORT_PROMPT
+    return row.cache is None and not row.usable and row.score is None and 1 < len(row.tokens) <= SHORT_PROMPT

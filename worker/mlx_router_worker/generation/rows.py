@@ -14,6 +14,7 @@ from mlx_router_worker.generation.caches import Cache
 from mlx_router_worker.generation.sampling import Processor, Sampler
 from mlx_router_worker.generation.schedule import WaitingPrompt
 from mlx_router_worker.generation.scoring import PromptScore
+from mlx_router_worker.prefix.tree import Node
 
 __all__ = ["Row"]
 
@@ -22,7 +23,7 @@ __all__ = ["Row"]
 class Row:
     """Owned by the engine; exactly one of prefill lane, batch and draft lane works on it at a time.
 
-    Only the prefill lane sets ``cache`` and ``position``. A batch takes the cache over.
+    Only the prefill lane sets ``cache``. A batch takes it over.
     """
 
     request_id: str
@@ -46,9 +47,26 @@ class Row:
     drawn: int = 0
     """Tokens of the answer, with the one that ends it."""
     position: int = 0
-    """The tokens that ``cache`` holds while the prompt is processed."""
+    """The tokens whose state the row's cache holds, wherever that is. While they are decoded, the newest token may be
+    held before it is known."""
     context: TokenBuffer | None = None
     """The tokens before the next one, for the processors."""
+    scope: str = ""
+    """Kept prefixes are only shared by requests with the same one."""
+    reuses: bool = True
+    """Whether kept prefixes may be used."""
+    keeps: bool = True
+    """Whether what is processed may be kept for others."""
+    cuts: list[int] = field(default_factory=list)
+    """Positions in the prompt whose state is worth keeping."""
+    kept: int = 0
+    """Tokens whose state was kept last."""
+    usable: int = 0
+    """Tokens of a prompt that has not begun whose state is kept."""
+    looked_up: int = -1
+    """The version of the prefix tree that ``usable`` is from."""
+    reused: Node | None = None
+    """The first node of the state that the row began with."""
 
     @property
     def remaining(self) -> int:
@@ -57,9 +75,11 @@ class Row:
 
     @property
     def waiting_prompt(self) -> WaitingPrompt:
+        position = self.position if self.cache is not None else self.usable
         return WaitingPrompt(
-            key=self, position=self.position, remaining=self.remaining, arrived=self.arrived, priority=self.priority
-        )
+            key=self, position=position, remaining=len(self.tokens) - position, arrived=self.arrived,
+            priority=self.priority, has_begun=self.cache is not None,
+        )  # fmt: skip
 
     def fetch_context(self, newest: mx.array) -> mx.array | None:
         """Return the tokens so far, the last of which is ``newest``: [1]. None without processors."""
@@ -73,4 +93,5 @@ class Row:
     def start_over(self) -> None:
         """Drop the cache; everything is processed again later."""
         self.cache = self.context = None
-        self.position = 0
+        self.position = self.kept = 0
+        self.looked_up = -1

@@ -49,16 +49,14 @@ class WaitingPrompt:
 
     key: Any
     position: int
-    """Tokens that are processed."""
+    """Tokens that are processed, or whose state is kept."""
     remaining: int
     """Tokens that are not."""
     arrived: float
     """Seconds, on the clock of ``PrefillScheduler.next_chunk``."""
     priority: int = 0
-
-    @property
-    def has_begun(self) -> bool:
-        return self.position > 0
+    has_begun: bool = False
+    """Whether it holds memory."""
 
 
 @dataclass(frozen=True, slots=True)

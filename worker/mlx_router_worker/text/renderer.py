@@ -12,9 +12,10 @@ from functools import cached_property
 from typing import Any, Final
 
 from mlx_router_shared.capabilities import chat_capabilities
-from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, UnsupportedCapability
+from mlx_router_shared.errors import ContextLengthExceeded, InvalidRequest, MlxRouterError, UnsupportedCapability
 from mlx_router_shared.generation import GenerationRequest, Message, Role
 from mlx_router_shared.infill import infill_format
+from mlx_router_worker.prefix.boundaries import PROBE, turn_end_tokens
 from mlx_router_worker.template_limits import TemplateOverrun, template_limits
 from mlx_router_worker.text.conversation import conversation_forms
 from mlx_router_worker.text.losses import count_lost_words
@@ -229,6 +230,17 @@ class PromptRenderer:
         except TemplateOverrun as overrun:
             self._overrun = str(overrun)
             return TemplateTraits()
+
+    @cached_property
+    def turn_ends(self) -> frozenset[int]:
+        """The special tokens that end a turn; none, where the template uses none or renders no simple conversation."""
+        messages = [Message(role=Role(role), content=word) for role, word in PROBE]
+        try:
+            tokens = self._encoded(self._chat(GenerationRequest(messages=messages), messages))
+        except MlxRouterError:
+            return frozenset()
+        special = {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}
+        return turn_end_tokens(tokens, self._tokenizer.decode, frozenset(special))
 
     @property
     def _special_tokens(self) -> dict[str, str]:
