@@ -147,10 +147,10 @@ class Transcript:
 
 
 def total_usage(usages: list[Usage], choices_per_prompt: int) -> Usage:
-    """Of a whole request: each prompt counts once, however many answers it got."""
+    """Of a whole request: each prompt counts once, however many answers it got, and so does what was kept of it."""
     return Usage(
         prompt_tokens=sum(usage.prompt_tokens for usage in usages) // max(choices_per_prompt, 1),
         completion_tokens=sum(usage.completion_tokens for usage in usages),
-        cached_tokens=sum(usage.cached_tokens for usage in usages) // max(choices_per_prompt, 1),
+        cached_tokens=sum(usage.cached_tokens for usage in usages[:: max(choices_per_prompt, 1)]),
         reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
     )
