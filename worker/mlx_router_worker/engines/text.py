@@ -127,6 +127,7 @@ class TextEngine(AnsweringEngine):
         if limits.trim:
             self._prefixes.shrink(self._prefixes.nbytes // 2)
         self._admission.limit_prefixes()
+        self._admission.free_unused()
 
     # ----------------------------------------------------------------- requests
 
@@ -259,7 +260,8 @@ class TextEngine(AnsweringEngine):
         if logits is None:
             self._admission.limit_prefixes()
             return
-        if first.stream.cached_tokens and not mx.isfinite(logits).all().item():
+        # Single tokens may be ruled out by -inf; the largest logit is a number.
+        if first.stream.cached_tokens and not mx.isfinite(logits.max()).item():
             self._prefixes.forget(first)
             first.start_over()
             return
