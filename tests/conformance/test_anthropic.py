@@ -46,6 +46,12 @@ def _answer(router: RouterProcess, **body: Any) -> dict[str, Any]:
     return data
 
 
+def _input(answer: dict[str, Any]) -> int:
+    """All tokens of the prompt: those that were kept are told apart from the others."""
+    usage = answer["usage"]
+    return int(usage["input_tokens"] + usage["cache_read_input_tokens"] + usage["cache_creation_input_tokens"])
+
+
 def _text(answer: dict[str, Any]) -> str:
     return "".join(block["text"] for block in answer["content"] if block["type"] == "text")
 
@@ -63,7 +69,7 @@ def test_a_message(fleet: RouterProcess) -> None:
     assert (answer["type"], answer["role"], answer["model"]) == ("message", "assistant", "demo")
     assert answer["content"] == [{"type": "text", "text": GREETING}]
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("end_turn", None)
-    assert answer["usage"]["input_tokens"] > 5
+    assert _input(answer) > 5
     assert answer["usage"]["output_tokens"] > 5
     assert _answer(fleet, max_tokens=1)["stop_reason"] == "max_tokens"
     warm = _answer(fleet, max_tokens=0)
@@ -127,7 +133,7 @@ def test_system_text_in_every_place(fleet: RouterProcess) -> None:
               {"type": "text", "text": "You are a pirate.", "cache_control": {"type": "ephemeral"}}]  # fmt: skip
     plain = _answer(fleet, system="You are a pirate.")
     assert _text(plain) == "Arr! What be your wish?"
-    assert _answer(fleet, system=blocks)["usage"]["input_tokens"] == plain["usage"]["input_tokens"]
+    assert _input(_answer(fleet, system=blocks)) == _input(plain)
     inside = [{"role": "system", "content": "You are a pirate."}, *_user("Hello!")]
     assert _text(_answer(fleet, messages=inside)) == "Arr! What be your wish?"
     after = [*_user("Hello!"), {"role": "system", "content": [{"type": "text", "text": "You are a pirate."}]}]
@@ -204,12 +210,10 @@ def test_results_of_tools(fleet: RouterProcess, result: dict[str, Any], expected
     counted = call(
         fleet, "POST", "/v1/messages/count_tokens", {"model": "demo", "messages": messages, "tools": [_WEATHER]}
     )
-    assert counted.json()["input_tokens"] == answer["usage"]["input_tokens"]
+    assert counted.json()["input_tokens"] == _input(answer)
     if result.get("is_error"):
         plain = [*messages[:-1], *_user([{**back, "is_error": False}])]
-        assert (
-            _answer(fleet, messages=plain, tools=[_WEATHER])["usage"]["input_tokens"] < answer["usage"]["input_tokens"]
-        )
+        assert _input(_answer(fleet, messages=plain, tools=[_WEATHER])) < _input(answer)
 
 
 @pytest.mark.covers("O115", "O116", "T169")
@@ -293,7 +297,7 @@ def test_tokens_are_counted_exactly_by_many_at_once_while_a_generation_runs(flee
         asked = [pool.submit(call, fleet, "POST", path, {"model": "demo", **bodies[n % 5]}) for n in range(25)]
         counted = [reply.result(20).json()["input_tokens"] for reply in asked]
         assert _text(story.result(30)) == LONG_STORY
-    used = [_answer(fleet, **body)["usage"]["input_tokens"] for body in bodies]
+    used = [_input(_answer(fleet, **body)) for body in bodies]
     assert counted == used * 5
 
 
