@@ -29,6 +29,7 @@ _PREFIX: Final = "mlxr-"
 _WORKER: Final = "w-"
 _SAME_SECONDS: Final = 0.02
 _GONE_SECONDS: Final = 5.0
+_TRIES: Final = 10
 
 
 class RunDirectory:
@@ -40,11 +41,19 @@ class RunDirectory:
 
     @classmethod
     def create(cls, parent: Path = Path("/tmp")) -> RunDirectory:
+        """Raises ``OSError`` if none can be made."""
         cls._sweep(parent)
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))  # mode 0700
-        lock = os.open(path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return cls(path, lock)
+        for _ in range(_TRIES):
+            path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))  # mode 0700
+            lock = os.open(path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.stat(path / "lock").st_ino == os.fstat(lock).st_ino:
+                    return cls(path, lock)
+            except (BlockingIOError, FileNotFoundError):
+                pass  # a router that started at the same moment took it for a leftover before it was locked
+            os.close(lock)
+        raise OSError(f"no run directory could be made in {parent}")
 
     def is_whole(self) -> bool:
         """Whether it is still there: cleaners of temporary files remove what has not been touched for days."""
