@@ -81,7 +81,7 @@ def test_a_header_that_is_neither_on_nor_off_is_refused(demo_router: RouterProce
     body = {"model": "demo", "messages": [_QUESTION], "input": "Hello!", "max_tokens": 5}
     reply = call(demo_router, "POST", path, body, X_Prefix_Cache="maybe")
     assert reply.status == 400
-    assert b"X-Prefix-Cache has to be on or off" in reply.body
+    assert b"X-Prefix-Cache must be on or off" in reply.body
 
 
 def test_two_keys_share_nothing(home: Path) -> None:

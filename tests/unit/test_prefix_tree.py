@@ -199,3 +199,13 @@ def test_the_snapshot_of_a_branch_is_not_thinned_out() -> None:
         tree.insert("", as_tokens(list(range(50))), Whole(tuple(range(50))))
         tree.insert("", as_tokens(list(branch)), Whole(branch))
     assert tree.match("", as_tokens([*range(50), 7])).usable == 50
+
+
+def test_a_node_that_was_split_is_forgotten_with_its_upper_half() -> None:
+    tree = _filled((1, 2, 3, 4))
+    (reused,) = tree.match("", as_tokens([1, 2, 3, 4])).nodes
+    tree.insert("", as_tokens([1, 2, 9]), Whole((1, 2, 9)))
+    tree.forget(reused.path[0])
+    assert tree.count == tree.nbytes == 0
+    tree.forget(reused.path[0])
+    assert tree.count == tree.nbytes == 0

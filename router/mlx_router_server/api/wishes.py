@@ -49,7 +49,7 @@ def _cache_prompt(text: str | None) -> bool:
     if text is None:
         return True
     if (word := text.strip().lower()) not in ("on", "off"):
-        raise InvalidRequest("X-Prefix-Cache has to be on or off", param="X-Prefix-Cache")
+        raise InvalidRequest("X-Prefix-Cache must be on or off", param="X-Prefix-Cache")
     return word == "on"
 
 

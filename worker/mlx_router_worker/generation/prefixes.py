@@ -113,7 +113,7 @@ class PrefixCache:
         """Drop what a row has reused, which was wrong, and keep it from reusing anything else."""
         self.figures.poisoned += 1
         if row.reused is not None:
-            self._tree.forget(row.reused)
+            self._tree.forget(row.reused.path[0])  # it may have been split since
         row.reused = None
         row.reuses = row.keeps = False
         row.stream.cached_tokens = 0
